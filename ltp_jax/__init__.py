@@ -1,0 +1,31 @@
+"""Learned Threshold Pruning for JAX and Flax."""
+
+from ltp_jax.selection import DEFAULT_RULES, Plan, Rule, named_leaves, plan
+from ltp_jax.transform import (
+    PruneState,
+    Summary,
+    hard_prune,
+    init,
+    l0,
+    soft_prune,
+    soft_prune_and_count,
+    summarize,
+    total_cost,
+)
+
+__all__ = [
+    "DEFAULT_RULES",
+    "Plan",
+    "PruneState",
+    "Rule",
+    "Summary",
+    "hard_prune",
+    "init",
+    "l0",
+    "named_leaves",
+    "plan",
+    "soft_prune",
+    "soft_prune_and_count",
+    "summarize",
+    "total_cost",
+]

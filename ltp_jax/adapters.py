@@ -1,0 +1,52 @@
+"""Flax networks as the apply functions that training takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from ltp_jax.training import Apply
+
+
+def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] = lambda images: images) -> Apply:
+    """A Linen module whose ``__call__`` takes images and ``train``.
+
+    Args:
+      module: the network; it may keep ``batch_stats`` and draw from the random stream ``dropout``.
+      preprocess: applied to the images on the device, such as their normalisation.
+    """
+
+    def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
+        variables = {"params": params, "batch_stats": batch_stats}
+        if not train:
+            logits: Any = module.apply(variables, preprocess(images), train=False)
+            return logits, batch_stats
+        rngs: Any = {"dropout": key}
+        updated: Any
+        logits, updated = module.apply(variables, preprocess(images), train=True, mutable=["batch_stats"], rngs=rngs)
+        return logits, updated.get("batch_stats", batch_stats)
+
+    return apply
+
+
+def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Array] = lambda images: images) -> Apply:
+    """An NNX module split by ``graphdef, params, rest = nnx.split(model, nnx.Param, ...)``.
+
+    ``rest`` takes the place of the batch statistics: all the network's state that is not a parameter. ``train``
+    switches the module between ``train()`` and ``eval()``, and the key reseeds its random streams.
+    """
+
+    def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
+        # Copied, since a module writes to its variables and those given belong to the caller's trace.
+        model = nnx.merge(graphdef, params, batch_stats, copy=True)
+        if train and key is not None:
+            model.train()
+            nnx.reseed(model, default=key, dropout=key)
+        else:
+            model.eval()
+        logits = model(preprocess(images))
+        return logits, nnx.split(model, nnx.Param, ...)[2]
+
+    return apply

@@ -1,0 +1,106 @@
+"""The arithmetic of Learned Threshold Pruning (LTP) on one tensor.
+
+Equation numbers are those of *Learned Threshold Pruning* (arXiv 2003.00075). A layer has weights ``w`` of any shape,
+a scalar threshold ``τ`` that is compared with ``w²``, and a scalar temperature ``T``. Everything here is computed in
+float32 whatever the dtype of ``w``, since ``w² − τ`` is a small difference of small numbers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def temperature(w: jax.Array, t0: ArrayLike) -> jax.Array:
+    """``T = t0 · Var(|w|)`` of the trained weights, eq. 15: a float32 scalar in units of ``w²``.
+
+    Because it scales as the weights do, rescaling a layer together with its threshold leaves every mask unchanged.
+    """
+    return jnp.float32(t0) * jnp.var(jnp.abs(w.astype(jnp.float32)))
+
+
+def soft_mask(w: jax.Array, threshold: jax.Array, temperature: jax.Array) -> jax.Array:
+    """``s = sigmoid((w² − τ) / T)``, float32 of the shape of ``w``: how much of each weight is left, in (0, 1)."""
+    return jax.nn.sigmoid((jnp.square(w.astype(jnp.float32)) - threshold) / temperature)
+
+
+def hard_mask(w: jax.Array, threshold: jax.Array) -> jax.Array:
+    """``1[w² > τ]``, bool of the shape of ``w``: True where the weight survives."""
+    return jnp.square(w.astype(jnp.float32)) > threshold
+
+
+def hard_threshold(w: jax.Array, threshold: jax.Array) -> jax.Array:
+    """``v = w · 1[w² > τ]``: ``w`` with exact zeros where it is pruned; shape and dtype of ``w``."""
+    return jnp.where(hard_mask(w, threshold), w, jnp.zeros((), w.dtype))
+
+
+def soft_threshold(
+    w: jax.Array,
+    threshold: jax.Array,
+    temperature: jax.Array,
+    exact_gradient: bool = False,
+    l0_to_weights: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Soft-pruned weights and their soft count, from one pass over the weights.
+
+    Args:
+      w: weights, any shape and floating dtype.
+      threshold: ``τ``, float32 scalar in units of ``w²``.
+      temperature: ``T``, float32 scalar in units of ``w²``. It is a constant of the method: its gradient is zero.
+      exact_gradient: differentiate the mask of the pruned weights with respect to ``w`` as well. By default the
+        gradient is that of eq. 14, which takes the sigmoid as a constant of ``w``. The dropped term reaches
+        ``τ / 2T`` at the threshold, hundreds of times what is kept: it throws weights out of the band in which
+        thresholds have a gradient, and pruning stalls.
+      l0_to_weights: let the gradient of the soft count reach ``w`` too, not only ``τ``.
+
+    Returns:
+      ``v = w · s``, shape and dtype of ``w``, and ``L0 = Σ s`` (eq. 6), a float32 scalar.
+    """
+    return _soft_threshold(w, threshold, temperature, exact_gradient, l0_to_weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _soft_threshold(w, threshold, temperature, exact_gradient, l0_to_weights):
+    del exact_gradient, l0_to_weights
+    s = soft_mask(w, threshold, temperature)
+    return (w * s).astype(w.dtype), _sum(s)
+
+
+def _soft_threshold_fwd(w, threshold, temperature, exact_gradient, l0_to_weights):
+    # The mask is recomputed in the backward pass: to keep it would cost a float32 copy of every weight.
+    pruned = _soft_threshold(w, threshold, temperature, exact_gradient, l0_to_weights)
+    return pruned, (w, threshold, temperature)
+
+
+def _soft_threshold_bwd(exact_gradient, l0_to_weights, residuals, cotangents):
+    w, threshold, temperature = residuals
+    g, g_count = cotangents
+    s = soft_mask(w, threshold, temperature)
+    slope = s * (1 - s)  # −T · ∂s/∂τ; one division of a sum is cheaper than one of every weight
+    w32, g32 = w.astype(jnp.float32), g.astype(jnp.float32)
+    # One reduction serves the classification loss and the penalty: −Σ (g·w + λ) · s(1−s)/T.
+    d_threshold = -_sum((g32 * w32 + g_count) * slope) / temperature
+    d_w = g32 * s
+    if exact_gradient:
+        d_w += g32 * w32 * 2 * w32 * slope / temperature
+    if l0_to_weights:
+        d_w += g_count * 2 * w32 * slope / temperature
+    return d_w.astype(w.dtype), d_threshold, jnp.zeros_like(temperature)
+
+
+_soft_threshold.defvjp(_soft_threshold_fwd, _soft_threshold_bwd)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """``Σ x``, float32. On a CPU by halves: XLA makes one pass of those additions and of what ``x`` is computed from,
+    while its reduction wants ``x`` and every constant in it written to memory first."""
+
+    def halves(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1)
+        while x.size % 2 == 0 and x.size > 4096:
+            x = x.reshape(2, -1)
+            x = x[0] + x[1]
+        return jnp.sum(x)
+
+    return jax.lax.platform_dependent(x, cpu=halves, default=jnp.sum)

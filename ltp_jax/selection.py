@@ -1,0 +1,154 @@
+"""Which tensors are pruned: rules over parameter paths, decided from shapes alone."""
+
+import collections
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+Params = Any
+"""A pytree of arrays: a Linen parameter dict, an NNX ``State``, or any other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a selection.
+
+    Attributes:
+      pattern: a regular expression that must match the whole path of a tensor, such as ``"head/.*"``.
+      prune: whether the tensors that it matches are pruned.
+      min_ndim: the rule passes over tensors of fewer dimensions.
+    """
+
+    pattern: str
+    prune: bool = True
+    min_ndim: int = 0
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}") from error
+
+    def matches(self, path: str, ndim: int) -> bool:
+        return ndim >= self.min_ndim and re.fullmatch(self.pattern, path) is not None
+
+    def __str__(self) -> str:
+        return f"{'prune' if self.prune else 'keep'} {self.pattern}"
+
+
+DEFAULT_RULES = (Rule(r"(.*/)?kernel", min_ndim=2),)
+"""Every convolution and dense kernel, by Flax's name. Biases, normalisation and embeddings have other names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """One tensor of a plan: its path, shape, and the rule that decided (``None`` if none matched)."""
+
+    path: str
+    shape: tuple[int, ...]
+    rule: Rule | None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def prune(self) -> bool:
+        return self.rule is not None and self.rule.prune
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is pruned and what is not: an immutable table with a row per tensor. Prints as that table.
+
+    Attributes:
+      tensors: one ``Selected`` per tensor, in the order of the pytree.
+      unused_rules: the given rules that decided no tensor, most often a misspelt path.
+    """
+
+    tensors: tuple[Selected, ...]
+    unused_rules: tuple[Rule, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the tensors that are pruned."""
+        return tuple(tensor.path for tensor in self.tensors if tensor.prune)
+
+    @property
+    def prunable(self) -> int:
+        """How many weights the selected tensors have."""
+        return sum(tensor.size for tensor in self.tensors if tensor.prune)
+
+    def __str__(self) -> str:
+        rows = [
+            (tensor.path, "×".join(map(str, tensor.shape)) or "scalar", f"{tensor.size:,}", str(tensor.rule or "keep"))
+            for tensor in self.tensors
+        ]
+        total = sum(tensor.size for tensor in self.tensors)
+        rows.append(("total", "", f"{total:,}", f"{self.prunable:,} in {len(self.paths)} tensors are pruned"))
+        lines = [format_table(("path", "shape", "parameters", "rule"), rows, right=(1, 2))]
+        lines += [f"unused rule: {rule}" for rule in self.unused_rules]
+        return "\n".join(lines)
+
+
+def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
+    """Decides which tensors are pruned.
+
+    Args:
+      params: the parameters, or their shapes from ``jax.eval_shape``: values are not looked at.
+      rules: what to decide otherwise than by default. The first rule that matches a tensor's path decides; what none
+        matches is decided by the default, which prunes every convolution and dense kernel.
+
+    Returns:
+      The plan. A rule that decides no tensor is listed in it, and warned of.
+
+    Raises:
+      ValueError: if two tensors have the same path.
+    """
+    candidates = (*rules, *DEFAULT_RULES)
+    tensors = tuple(
+        Selected(path, tuple(leaf.shape), next((r for r in candidates if r.matches(path, len(leaf.shape))), None))
+        for path, leaf in named_leaves(params)
+    )
+    repeated = [path for path, n in collections.Counter(t.path for t in tensors).items() if n > 1]
+    if repeated:
+        raise ValueError(f"several tensors have the same path: {', '.join(repeated)}; rename one of their modules")
+    used = {tensor.rule for tensor in tensors}
+    result = Plan(tensors, tuple(rule for rule in rules if rule not in used))
+    for rule in result.unused_rules:
+        warnings.warn(f"the rule {rule.pattern!r} decides no tensor; print the plan for their paths", stacklevel=2)
+    if not result.paths:
+        warnings.warn("the plan prunes no tensor: by default those named 'kernel' are; give rules", stacklevel=2)
+    return result
+
+
+def named_leaves(tree: Params) -> Iterator[tuple[str, Any]]:
+    """Yields path and leaf of every tensor: ``"stem/conv/kernel"``, for Linen and NNX alike."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield path_name(keys), leaf
+
+
+def path_name(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf as a string. The box of an NNX variable or of Linen metadata is no part of it."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Plain text columns under a header; the columns numbered in ``right`` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])

@@ -1,0 +1,57 @@
+"""Where arrays live: a mesh of all devices, batches split over it, parameters replicated or split."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes ``data`` and ``fsdp`` over all devices. Batches are split over both.
+
+    Args:
+      fsdp: over how many devices each parameter is split; 1 keeps them whole on every device.
+      devices: all there are, when nothing is said.
+
+    Raises:
+      ValueError: if ``fsdp`` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"a mesh of {len(devices)} devices cannot have an fsdp axis of {fsdp}: it must divide them")
+    return jax.make_mesh((len(devices) // fsdp, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def state_sharding(tree: Any, mesh: Mesh) -> Any:
+    """A sharding for every array of a state: replicated, or split over the ``fsdp`` axis where there is one.
+
+    An array is split along its largest dimension that the axis divides; small arrays stay whole.
+    """
+    n = mesh.shape["fsdp"]
+
+    def leaf_sharding(leaf) -> NamedSharding:
+        dims = [d for d, size in enumerate(leaf.shape) if size % n == 0]
+        if n == 1 or not dims or leaf.size < 2**14:
+            return replicated(mesh)
+        split = max(dims, key=lambda d: leaf.shape[d])
+        return NamedSharding(mesh, P(*("fsdp" if d == split else None for d in range(len(leaf.shape)))))
+
+    return jax.tree.map(leaf_sharding, tree)
+
+
+def global_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """This process's rows of a batch as its part of the global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,217 @@
+"""The method over a pytree of parameters: the verbs of the library."""
+
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ltp_jax import method
+from ltp_jax.selection import Params, Plan, format_table, named_leaves, path_name
+
+Scalars = dict[str, jax.Array]
+
+
+class PruneState(flax.struct.PyTreeNode):
+    """What LTP knows of a network beside its weights.
+
+    Attributes:
+      thresholds: ``τ`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Learned.
+      temperatures: ``T`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Constant.
+    """
+
+    thresholds: Scalars
+    temperatures: Scalars
+
+
+def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
+    """The state of the unpruned network: thresholds of zero, temperatures ``t0 · Var(|w|)`` (eq. 15).
+
+    Args:
+      params: trained parameters. LTP starts from a trained network: temperatures come from its weights.
+      plan: which of them are pruned.
+      t0: the width of the band in which the mask is soft. At 1e-3 the soft and the hard network agree.
+
+    Raises:
+      ValueError: if the plan is not of these parameters, or a selected tensor is constant or not finite (outside of
+        ``jax.jit``, where values can be looked at).
+    """
+    leaves = dict(named_leaves(params))
+    for tensor in plan.tensors:
+        if tensor.prune and (tensor.path not in leaves or leaves[tensor.path].shape != tensor.shape):
+            found = leaves[tensor.path].shape if tensor.path in leaves else "nothing"
+            raise ValueError(f"the plan has {tensor.path} of shape {tensor.shape}, the parameters have {found}")
+    temperatures = {path: method.temperature(leaves[path], t0) for path in plan.paths}
+    for path, temperature in temperatures.items():
+        if not isinstance(temperature, jax.core.Tracer) and not (jnp.isfinite(temperature) and temperature > 0):
+            raise ValueError(
+                f"{path} has a temperature of {temperature}: its weights are all of one size or not finite, or t0 is "
+                "not positive. LTP starts from trained weights; a rule with prune=False leaves a tensor out"
+            )
+    return PruneState({path: jnp.zeros((), jnp.float32) for path in plan.paths}, temperatures)
+
+
+def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False) -> Params:
+    """``v = w · sigmoid((w² − τ)/T)`` for every selected tensor: the network that is trained.
+
+    Differentiable in ``params`` and ``state.thresholds``; the gradient with respect to ``params`` is that of eq. 14
+    unless ``exact_gradient``. Returns the structure, shapes and dtypes of ``params``; what is not selected is returned
+    as it is.
+
+    Raises:
+      ValueError: if a tensor of the state is not in ``params``.
+    """
+    return soft_prune_and_count(params, state, exact_gradient=exact_gradient)[0]
+
+
+def l0(
+    params: Params, state: PruneState, *, costs: Mapping[str, ArrayLike] | None = None, l0_to_weights: bool = False
+) -> jax.Array:
+    """``Σ_l Σ sigmoid((w² − τ)/T)``, eq. 6: the soft count of weights that are left, a float32 scalar.
+
+    Args:
+      params: the parameters.
+      state: their thresholds and temperatures.
+      costs: what each weight of a tensor counts, by path: its uses per image, say, for a count of
+        multiply-accumulates. By default every weight counts one.
+      l0_to_weights: let the gradient reach the weights too. By default it reaches the thresholds alone (eq. 14).
+    """
+    counts = soft_prune_and_count(params, state, l0_to_weights=l0_to_weights)[1]
+    return total_cost(counts, costs)
+
+
+def soft_prune_and_count(
+    params: Params, state: PruneState, *, exact_gradient: bool = False, l0_to_weights: bool = False
+) -> tuple[Params, Scalars]:
+    """``soft_prune`` and the soft count of every selected tensor by path, which share their work.
+
+    A training step that adds ``λ · total_cost(counts)`` to its loss reads each weight once in the forward and once in
+    the backward pass.
+    """
+    counts: Scalars = {}
+
+    def prune(path: str, w: jax.Array) -> jax.Array:
+        tau, temperature = state.thresholds[path], state.temperatures[path]
+        pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights)
+        return pruned
+
+    return _map_selected(prune, params, state), counts
+
+
+def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) -> jax.Array:
+    """``Σ_l cost_l · count_l``, a float32 scalar; without costs every weight counts one."""
+    terms = [count * (1.0 if costs is None else jnp.float32(costs[path])) for path, count in counts.items()]
+    return sum(terms, start=jnp.zeros((), jnp.float32))
+
+
+def hard_prune(params: Params, state: PruneState) -> Params:
+    """``v = w · 1[w² > τ]`` for every selected tensor: the network that is handed over, with exact zeros.
+
+    Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is.
+    """
+    return _map_selected(lambda path, w: method.hard_threshold(w, state.thresholds[path]), params, state)
+
+
+def _map_selected(fn, params: Params, state: PruneState) -> Params:
+    """Applies ``fn(path, w)`` to the tensors of the state, and checks that it met all of them."""
+    met = set()
+
+    def visit(keys, w):
+        path = path_name(keys)
+        if path not in state.thresholds:
+            return w
+        met.add(path)
+        return fn(path, w)
+
+    result = jax.tree_util.tree_map_with_path(visit, params)
+    missing = [path for path in state.thresholds if path not in met]
+    if missing:
+        raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
+    return result
+
+
+class TensorSummary(flax.struct.PyTreeNode):
+    """What is left of one pruned tensor: ``weights`` in all, of which ``kept`` (int32) survive; its threshold ``τ``."""
+
+    weights: int = flax.struct.field(pytree_node=False)
+    kept: jax.Array
+    threshold: jax.Array
+
+    @property
+    def density(self) -> jax.Array:
+        """The kept fraction, in [0, 1]."""
+        return self.kept / self.weights
+
+
+class Summary(flax.struct.PyTreeNode):
+    """What is left of a network. Prints as a table.
+
+    Attributes:
+      tensors: a ``TensorSummary`` per pruned tensor, by path.
+      unpruned: how many parameters the tensors have that are not selected.
+    """
+
+    tensors: dict[str, TensorSummary]
+    unpruned: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def weights(self) -> int:
+        """How many weights the pruned tensors have."""
+        return sum(tensor.weights for tensor in self.tensors.values())
+
+    @property
+    def kept(self) -> jax.Array:
+        """How many of them survive, an int32 scalar."""
+        return sum((tensor.kept for tensor in self.tensors.values()), start=jnp.zeros((), jnp.int32))
+
+    @property
+    def density(self) -> jax.Array:
+        """The kept fraction of the pruned tensors, in [0, 1]."""
+        return self.kept / max(self.weights, 1)
+
+    @property
+    def compression(self) -> jax.Array:
+        """``weights / kept`` of the pruned tensors, the figure that papers report; infinite if nothing is left."""
+        return self.weights / self.kept
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the whole network has, pruned or not."""
+        return self.weights + self.unpruned
+
+    @property
+    def network_compression(self) -> jax.Array:
+        """The same ratio over all parameters, biases and normalisation included."""
+        return self.parameters / (self.kept + self.unpruned)
+
+    def __str__(self) -> str:
+        rows = [
+            (path, f"{t.weights:,}", f"{int(t.kept):,}", f"{float(t.density):.2%}", f"{float(t.threshold):.3e}")
+            for path, t in self.tensors.items()
+        ]
+        kept, whole = int(self.kept), int(self.kept) + self.unpruned
+        rows.append(("pruned tensors", f"{self.weights:,}", f"{kept:,}", f"{kept / max(self.weights, 1):.2%}", ""))
+        rows.append(
+            ("whole network", f"{self.parameters:,}", f"{whole:,}", f"{whole / max(self.parameters, 1):.2%}", "")
+        )
+        table = format_table(("path", "weights", "kept", "density", "threshold"), rows, right=(1, 2, 3, 4))
+        return f"{table}\ncompression {float(self.compression):.2f}×"
+
+
+def summarize(params: Params, state: PruneState) -> Summary:
+    """Counts what ``hard_prune`` leaves, per tensor and in total. Works on traced values; printing needs real ones."""
+    leaves = dict(named_leaves(params))
+    missing = [path for path in state.thresholds if path not in leaves]
+    if missing:
+        raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
+    tensors = {
+        path: TensorSummary(
+            weights=leaves[path].size,
+            kept=jnp.sum(method.hard_mask(leaves[path], threshold), dtype=jnp.int32),
+            threshold=threshold,
+        )
+        for path, threshold in state.thresholds.items()
+    }
+    return Summary(tensors, unpruned=sum(leaf.size for path, leaf in leaves.items() if path not in tensors))

@@ -1,0 +1,234 @@
+"""The selection and the verbs over pytrees: Linen, NNX, and any other."""
+
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+import ltp_jax as ltp
+
+KERNELS = {"conv/kernel": 3 * 3 * 3 * 8, "depthwise/kernel": 3 * 3 * 8, "head/kernel": 40}
+
+
+@pytest.fixture
+def params():
+    return networks.linen_variables()["params"]
+
+
+@pytest.fixture
+def state(params):
+    """Thresholds at half the mean square of each kernel: some weights go, some stay, some are in the band."""
+    state = ltp.init(params, ltp.plan(params), t0=0.1)
+    leaves = dict(ltp.named_leaves(params))
+    return state.replace(thresholds={path: jnp.mean(leaves[path] ** 2) / 2 for path in state.thresholds})
+
+
+def test_default_plan_selects_kernels_and_nothing_else(params):
+    plan = ltp.plan(params)
+    assert {t.path: t.size for t in plan.tensors if t.prune} == KERNELS
+    assert {t.path for t in plan.tensors if not t.prune} == {
+        "depthwise/bias",
+        "head/bias",
+        "norm/bias",
+        "norm/scale",
+    }
+    assert plan.prunable == sum(KERNELS.values())
+
+
+def test_embeddings_are_left_alone():
+    tree = {"embed": {"embedding": jnp.ones((10, 4))}, "dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    assert ltp.plan(tree).paths == ("dense/kernel",)
+
+
+def test_first_matching_rule_wins(params):
+    rules = [ltp.Rule("head/kernel"), ltp.Rule("head/.*", prune=False), ltp.Rule(".*conv.*", prune=False)]
+    plan = ltp.plan(params, rules=rules)
+    assert set(plan.paths) == {"head/kernel", "depthwise/kernel"}
+    assert plan.unused_rules == ()
+    decided = {t.path: t.rule for t in plan.tensors}
+    assert decided["head/kernel"] == rules[0]
+    assert decided["head/bias"] == rules[1]
+
+
+def test_rules_match_whole_paths(params):
+    with pytest.warns(UserWarning, match="'head' decides no tensor"):
+        plan = ltp.plan(params, rules=[ltp.Rule("head", prune=False)])
+    assert plan.unused_rules == (ltp.Rule("head", prune=False),)
+    assert "unused rule: keep head" in str(plan)
+
+
+def test_plan_that_prunes_nothing_warns():
+    with pytest.warns(UserWarning, match="prunes no tensor"):
+        ltp.plan({"w": jnp.ones((3, 3))})
+
+
+def test_plan_needs_shapes_alone(params):
+    abstract = jax.eval_shape(lambda: networks.linen_variables()["params"])
+    assert ltp.plan(abstract) == ltp.plan(params)
+
+
+def test_plan_prints_path_shape_parameters_and_rule(params):
+    line = next(line for line in str(ltp.plan(params)).splitlines() if line.startswith("conv/kernel"))
+    assert line.split() == ["conv/kernel", "3×3×3×8", "216", "prune", "(.*/)?kernel"]
+
+
+def test_two_tensors_with_one_path_are_refused():
+    with pytest.raises(ValueError, match="several tensors have the same path: a/b/kernel"):
+        ltp.plan({"a/b": {"kernel": jnp.ones((2, 2))}, "a": {"b": {"kernel": jnp.ones((2, 2))}}})
+
+
+def test_broken_pattern_is_refused():
+    with pytest.raises(ValueError, match=r"'head\(' is not a regular expression"):
+        ltp.Rule("head(")
+
+
+def test_init_gives_eq_15_per_tensor_and_zero_thresholds(params):
+    state = ltp.init(params, ltp.plan(params), t0=2e-3)
+    assert set(state.thresholds) == set(state.temperatures) == set(KERNELS)
+    for path, leaf in ltp.named_leaves(params):
+        if path in KERNELS:
+            expected = 2e-3 * np.var(np.abs(np.asarray(leaf, np.float64)))
+            np.testing.assert_allclose(state.temperatures[path], expected, rtol=1e-5)
+            assert state.thresholds[path].shape == ()
+            assert state.thresholds[path].dtype == jnp.float32
+            assert state.thresholds[path] == 0
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_init_refuses_a_tensor_without_spread(value):
+    tree = {"kernel": jnp.full((3, 3), value)}
+    with pytest.raises(ValueError, match="kernel has a temperature of"):
+        ltp.init(tree, ltp.plan(tree))
+
+
+def test_init_refuses_a_plan_of_other_shapes(params):
+    plan = ltp.plan({"conv": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(ValueError, match=r"conv/kernel of shape \(2, 2\), the parameters have \(3, 3, 3, 8\)"):
+        ltp.init(params, plan)
+
+
+@pytest.mark.parametrize("verb", [ltp.soft_prune, ltp.hard_prune, ltp.l0, ltp.summarize])
+def test_verbs_refuse_parameters_that_lack_a_tensor(verb, params, state):
+    with pytest.raises(ValueError, match="lack head/kernel"):
+        verb({"conv": params["conv"], "depthwise": params["depthwise"]}, state)
+
+
+def test_what_is_not_selected_is_never_touched(params, state):
+    for pruned in (ltp.soft_prune(params, state), ltp.hard_prune(params, state)):
+        chex.assert_trees_all_equal_structs(pruned, params)
+        for (path, before), (_, after) in zip(ltp.named_leaves(params), ltp.named_leaves(pruned), strict=True):
+            assert before.dtype == after.dtype
+            if path in KERNELS:
+                assert not np.array_equal(before, after)
+            else:
+                assert after is before
+
+
+def test_hard_prune_and_summary_agree_with_numpy(params, state):
+    hard = dict(ltp.named_leaves(ltp.hard_prune(params, state)))
+    report = ltp.summarize(params, state)
+    kept = 0
+    for path, w in ltp.named_leaves(params):
+        if path in KERNELS:
+            survivors = np.asarray(w) ** 2 > np.asarray(state.thresholds[path])
+            np.testing.assert_array_equal(hard[path], np.where(survivors, w, 0))
+            assert report.tensors[path].kept == survivors.sum()
+            assert report.tensors[path].weights == w.size
+            np.testing.assert_allclose(report.tensors[path].density, survivors.mean(), rtol=1e-6)
+            kept += survivors.sum()
+    total = sum(KERNELS.values())
+    assert report.kept == kept
+    np.testing.assert_allclose(report.compression, total / kept, rtol=1e-6)
+    unpruned = 8 + 8 + 8 + 5  # biases and normalisation
+    assert report.parameters == total + unpruned
+    np.testing.assert_allclose(report.network_compression, (total + unpruned) / (kept + unpruned), rtol=1e-6)
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == list(KERNELS)
+    assert lines[-1] == f"compression {total / kept:.2f}×"
+
+
+def test_l0_is_the_sum_over_layers_and_weighs_costs(params, state):
+    leaves = dict(ltp.named_leaves(params))
+    counts = {
+        path: np.sum(
+            1 / (1 + np.exp(-(np.float64(leaves[path]) ** 2 - state.thresholds[path]) / state.temperatures[path]))
+        )
+        for path in KERNELS
+    }
+    np.testing.assert_allclose(ltp.l0(params, state), sum(counts.values()), rtol=1e-5)
+    costs = {"conv/kernel": 36.0, "depthwise/kernel": 10.0, "head/kernel": 1.0}
+    np.testing.assert_allclose(
+        ltp.l0(params, state, costs=costs), sum(costs[path] * counts[path] for path in KERNELS), rtol=1e-5
+    )
+
+
+def test_l0_gradient_reaches_weights_only_if_asked(params, state):
+    zero = jax.grad(ltp.l0)(params, state)
+    chex.assert_trees_all_equal(zero, jax.tree.map(jnp.zeros_like, params))
+    asked = jax.grad(lambda p: ltp.l0(p, state, l0_to_weights=True))(params)
+    assert np.abs(asked["conv"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(asked["norm"]["scale"], 0)
+
+
+def test_linen_and_nnx_give_the_same_paths_and_numbers(params, state):
+    model = networks.NnxNet(nnx.Rngs(0))
+    nnx_state = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(nnx_state, params)
+    plan = ltp.plan(nnx_state)
+    assert sorted(plan.paths) == sorted(ltp.plan(params).paths)
+    of_nnx = ltp.init(nnx_state, plan, t0=0.1)
+    chex.assert_trees_all_close(of_nnx.temperatures, state.temperatures, rtol=1e-6)
+    of_nnx = of_nnx.replace(thresholds=state.thresholds)
+    for verb in (ltp.soft_prune, ltp.hard_prune):
+        pruned = verb(nnx_state, of_nnx)
+        assert isinstance(pruned, nnx.State)
+        chex.assert_trees_all_equal(nnx.to_pure_dict(pruned), verb(params, state))
+    np.testing.assert_allclose(ltp.l0(nnx_state, of_nnx), ltp.l0(params, state), rtol=1e-6)
+    assert ltp.summarize(nnx_state, of_nnx).kept == ltp.summarize(params, state).kept
+    nnx.update(model, ltp.hard_prune(nnx_state, of_nnx))  # goes back into the model
+    assert (model.conv.kernel[...] == 0).sum() > 0
+
+
+def test_any_pytree_will_do():
+    tree = [jnp.arange(1.0, 5.0).reshape(2, 2), (jnp.ones(3),)]
+    state = ltp.init(tree, ltp.plan(tree, rules=[ltp.Rule("0")]))
+    state = state.replace(thresholds={"0": jnp.float32(6.0)})
+    hard = ltp.hard_prune(tree, state)
+    np.testing.assert_array_equal(hard[0], [[0, 0], [3, 4]])
+    assert hard[1][0] is tree[1][0]
+
+
+def test_verbs_work_under_jit_grad_vmap_and_eval_shape(params, state):
+    plan = ltp.plan(params)
+    chex.assert_trees_all_close(jax.jit(ltp.init)(params, plan, 0.1).temperatures, state.temperatures, rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(ltp.soft_prune)(params, state), ltp.soft_prune(params, state), rtol=1e-5)
+    chex.assert_trees_all_equal(jax.jit(ltp.hard_prune)(params, state), ltp.hard_prune(params, state))
+    assert jax.jit(ltp.summarize)(params, state).kept == ltp.summarize(params, state).kept
+    abstract = jax.eval_shape(lambda p, s: (ltp.soft_prune(p, s), ltp.summarize(p, s), ltp.l0(p, s)), params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract[0], params)
+    chex.assert_shape(abstract[2], ())
+    grads = jax.grad(lambda s: ltp.l0(params, s))(state)
+    assert all(g < 0 for g in grads.thresholds.values())  # a higher threshold leaves fewer weights
+    assert all(g == 0 for g in grads.temperatures.values())  # eq. 15: a constant
+    scales = jnp.array([0.5, 1.0, 2.0])
+    counts = jax.vmap(
+        lambda scale: ltp.l0(params, state.replace(thresholds={p: scale * t for p, t in state.thresholds.items()}))
+    )(scales)
+    np.testing.assert_allclose(counts[1], ltp.l0(params, state), rtol=1e-6)
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_hard_masks_are_the_limit_of_soft_ones(params, state):
+    cold = state.replace(temperatures={p: t * 1e-6 for p, t in state.temperatures.items()})
+    chex.assert_trees_all_close(ltp.soft_prune(params, cold), ltp.hard_prune(params, cold), atol=1e-6)
+
+
+def test_nothing_is_said_for_an_ordinary_plan(params):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ltp.plan(params, rules=[ltp.Rule("head/.*", prune=False)])
