@@ -1,0 +1,144 @@
+"""Pruning while training: what a training step needs of a method, and LTP as such a method."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ltp_jax import transform
+from ltp_jax.selection import Params, Plan
+from ltp_jax.transform import PruneState, Scalars
+
+Schedule = Callable[[ArrayLike], ArrayLike]
+"""A scalar as a function of the training step."""
+
+
+class MethodState(Protocol):
+    """The state of a pruning method: any pytree with ``thresholds``, the part that the loss is differentiated by."""
+
+    @property
+    def thresholds(self) -> Scalars: ...
+
+
+class Pruner(NamedTuple):
+    """A pruning method as pure functions, all of which can be traced.
+
+    Attributes:
+      init: ``params -> state``, for trained parameters.
+      soften: ``(params, thresholds, state, step) -> (pruned, penalty)``: the parameters that the network trains with
+        and a scalar that is added to its loss. Differentiated in ``params`` and ``thresholds``.
+      update: ``(grads, old_params, params, state, step) -> (params, state)``: called with the loss's gradients with
+        respect to the thresholds and the parameters before and after the optimizer's update.
+      harden: ``(params, state) -> pruned``: the parameters that are handed over, with exact zeros.
+    """
+
+    init: Callable[[Params], Any]
+    soften: Callable[[Params, Scalars, Any, jax.Array], tuple[Params, jax.Array]]
+    update: Callable[[Scalars, Params, Params, Any, jax.Array], tuple[Params, Any]]
+    harden: Callable[[Params, Any], Params]
+
+
+class NoState(flax.struct.PyTreeNode):
+    """The state of a method that has none."""
+
+    thresholds: Scalars = flax.struct.field(default_factory=dict)
+
+
+def dense() -> Pruner:
+    """The method that prunes nothing: for training before pruning, and as a control."""
+    return Pruner(
+        init=lambda params: NoState(),
+        soften=lambda params, thresholds, state, step: (params, jnp.zeros((), jnp.float32)),
+        update=lambda grads, old_params, params, state, step: (params, state),
+        harden=lambda params, state: params,
+    )
+
+
+class LearnedThresholdState(flax.struct.PyTreeNode):
+    """``prune`` is what the verbs of the library take; ``optimizer`` is the state of the thresholds' own optimizer."""
+
+    prune: PruneState
+    optimizer: optax.OptState
+
+    @property
+    def thresholds(self) -> Scalars:
+        return self.prune.thresholds
+
+
+def learned_thresholds(
+    plan: Plan,
+    penalty: Schedule,
+    optimizer: optax.GradientTransformation,
+    *,
+    learn_steps: int,
+    t0: float = 1e-3,
+    exact_gradient: bool = False,
+    l0_to_weights: bool = False,
+    costs: Mapping[str, float] | None = None,
+) -> Pruner:
+    """Learned Threshold Pruning: thresholds are trained with the weights on ``L + λ Σ_l L0_l``, then frozen.
+
+    The optimizer sees each threshold as ``r = √τ / std(|w|)``, the size below which weights are pruned in units of
+    their spread (that of the trained weights, ``Var(|w|) = T / t0``). A rate in these units means the same in every
+    layer, and rescaling a layer that batch normalisation follows does not change what is pruned.
+
+    Args:
+      plan: which tensors are pruned.
+      penalty: ``λ · N`` as a function of the step, where ``N`` is the number of prunable weights (or their total cost):
+        what keeping all of them would cost, in units of the loss. It should rise from zero: a large penalty at once
+        prunes far too much before the loss has a say.
+      optimizer: updates the thresholds. Weight decay has no place in it.
+      learn_steps: thresholds are frozen from this step on, while the network recovers.
+      t0: temperature in units of ``Var(|w|)``, eq. 15.
+      exact_gradient: see ``ltp_jax.soft_prune``.
+      l0_to_weights: see ``ltp_jax.l0``.
+      costs: see ``ltp_jax.l0``.
+    """
+    sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
+    total = max(sum(size * (1 if costs is None else costs[path]) for path, size in sizes.items()), 1)
+
+    def init(params):
+        prune = transform.init(params, plan, t0)
+        return LearnedThresholdState(prune, optimizer.init(prune.thresholds))
+
+    def soften(params, thresholds, state, step):
+        pruned, counts = transform.soft_prune_and_count(
+            params,
+            state.prune.replace(thresholds=thresholds),
+            exact_gradient=exact_gradient,
+            l0_to_weights=l0_to_weights,
+        )
+        return pruned, jnp.asarray(penalty(step)) * transform.total_cost(counts, costs) / total
+
+    def update(grads, old_params, params, state, step):
+        del old_params
+        learned = step_thresholds(grads, state, optimizer, t0)
+        # One trace serves the whole run: after the last learning step the new state is computed and not taken.
+        return params, jax.tree.map(lambda new, old: jnp.where(step < learn_steps, new, old), learned, state)
+
+    return Pruner(init, soften, update, lambda params, state: transform.hard_prune(params, state.prune))
+
+
+def step_thresholds(
+    grads: Scalars, state: LearnedThresholdState, optimizer: optax.GradientTransformation, t0: float
+) -> LearnedThresholdState:
+    """One optimizer step of ``r = √τ / std(|w|)``, which is kept in its valid range, ``r ≥ 0``.
+
+    Args:
+      grads: ``∂L/∂τ`` by path.
+      state: thresholds, temperatures and the optimizer's state, which is of ``r``.
+      optimizer: the thresholds' optimizer.
+      t0: that of the temperatures.
+    """
+    spread = {path: jnp.sqrt(temperature / t0) for path, temperature in state.prune.temperatures.items()}
+    r = {path: jnp.sqrt(tau) / spread[path] for path, tau in state.thresholds.items()}
+    # ∂τ/∂r = 2 r · spread² vanishes at r = 0, where every run starts: it is taken no smaller than at a hundredth.
+    r_grads = {path: g * 2 * jnp.maximum(r[path], 0.01) * spread[path] ** 2 for path, g in grads.items()}
+    updates, optimizer_state = optimizer.update(r_grads, state.optimizer, r)
+    r = jax.tree.map(lambda value, update: jnp.maximum(value + update, 0), r, updates)
+    thresholds = jax.tree.map(lambda value, unit: jnp.square(value * unit), r, spread)
+    return LearnedThresholdState(state.prune.replace(thresholds=thresholds), optimizer_state)

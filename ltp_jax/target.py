@@ -1,0 +1,292 @@
+"""LTP to a target compression: the density follows a plan, and the target is met exactly when the masks are fixed.
+
+The threshold of a layer is written ``√τ_l = m · exp(a_l)``. The common scale ``m`` belongs to the plan: it moves at
+every step so that the kept weights follow the planned curve. The offsets ``a_l`` belong to the loss: they descend its
+gradient, less the component that would only change how much is pruned. That component is the multiplier λ of LTP's
+penalty, which is thereby set by the budget and no longer by the user.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ltp_jax import method, transform
+from ltp_jax.pruner import Pruner
+from ltp_jax.selection import Params, Plan, named_leaves, path_name
+from ltp_jax.transform import PruneState, Scalars
+
+FIXED_THRESHOLD = 1e-24
+"""``τ`` of fixed masks, in units of ``w²``: every weight that is not exactly zero lies above it."""
+FIXED_TEMPERATURE = 1e-30
+"""``T`` of fixed masks: so small that the soft mask is a step, and soft and hard network are the same."""
+SLOPE_WIDTH = 0.1
+"""Distance in ``log √τ`` to both sides over which slopes are measured: wide enough for a layer of a hundred weights."""
+MAX_STEP = 0.3
+"""Most that ``log m`` moves in a training step."""
+
+
+class TargetState(flax.struct.PyTreeNode):
+    """The state of LTP on its way to a target.
+
+    Attributes:
+      prune: what the verbs of the library take.
+      log_scale: ``log m``, a float32 scalar; ``m`` is in units of ``w``.
+      offsets: ``a_l`` by path, float32 scalars.
+      optimizer: the state of the offsets' optimizer.
+    """
+
+    prune: PruneState
+    log_scale: jax.Array
+    offsets: Scalars
+    optimizer: optax.OptState
+
+    @property
+    def thresholds(self) -> Scalars:
+        return self.prune.thresholds
+
+
+def planned_density(density: float, steps: int) -> Callable[[ArrayLike], jax.Array]:
+    """The plan ``d^(1 − (1 − t/steps)³)``, and ``d`` from ``steps`` on: it falls in ever smaller factors.
+
+    A network loses little while it is half full, and much when the last weights go: a plan for the density itself,
+    such as that of gradual magnitude pruning, passes from 7 % to 1 % in a tenth of the descent.
+
+    Args:
+      density: what is left at the end, in (0, 1].
+      steps: how many steps the descent takes.
+    """
+
+    def plan(step: ArrayLike) -> jax.Array:
+        rest = 1 - jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0, 1)
+        return jnp.float32(density) ** (1 - rest**3)
+
+    return plan
+
+
+def target_density(
+    plan: Plan,
+    density: float,
+    *,
+    prune_steps: int,
+    select_steps: int,
+    t0: float = 1e-2,
+    optimizer: optax.GradientTransformation | None = None,
+    costs: Mapping[str, float] | None = None,
+) -> Pruner:
+    """LTP that keeps a given share of the weights.
+
+    The density descends to the target within ``prune_steps``. Until ``select_steps`` it is held there while the soft
+    masks go on choosing which weights to keep. Then the thresholds are set so that the target is met exactly, what
+    they prune becomes zero and stays zero, and the rest goes on training. A layer keeps at least one weight.
+
+    Each step counts the weights above each threshold and a tenth beside it, nothing else; where exactly the target
+    lies is found once, at the end of the selection.
+
+    Args:
+      plan: which tensors are pruned.
+      density: share of the weights, or of their total cost, that is left in the end, in (0, 1).
+      prune_steps: training steps in which the density descends.
+      select_steps: training steps after which the masks are fixed, no fewer than ``prune_steps``.
+      t0: temperature in units of ``Var(|w|)``, eq. 15. Wider than without a target: more weights tell the offsets
+        where to go, and fixing the masks closes the hardening gap.
+      optimizer: of the offsets ``a_l``, dimensionless; Adam at 3e-4 if nothing is said.
+      costs: what a weight of each tensor costs, by path, such as its uses per image for a budget of
+        multiply-accumulates. By default every weight costs one.
+
+    Raises:
+      ValueError: if the density or the steps are out of range, or the target is below one weight for each tensor.
+    """
+    sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
+    unit = {path: 1.0 if costs is None else float(costs[path]) for path in sizes}
+    total = sum(unit[path] * size for path, size in sizes.items())
+    shares = {path: cost / total for path, cost in unit.items()}
+    if not 0 < density < 1:
+        raise ValueError(f"the density is {density}; accepted is more than 0, less than 1")
+    if not 1 <= prune_steps <= select_steps:
+        raise ValueError(f"prune_steps is {prune_steps}, select_steps {select_steps}; accepted is 1 to select_steps")
+    if density < sum(shares.values()):
+        raise ValueError(
+            f"a density of {density:.3g} leaves fewer than one weight to each of the {len(sizes)} tensors; the "
+            f"least is {sum(shares.values()):.3g}"
+        )
+    planned = planned_density(density, prune_steps)
+    optimizer = optax.adam(3e-4) if optimizer is None else optimizer
+
+    def init(params: Params) -> TargetState:
+        prune = transform.init(params, plan, t0)
+        offsets = {path: jnp.zeros((), jnp.float32) for path in sizes}
+        # The network begins whole, with thresholds of zero; the scale where the plan is after its first step.
+        scale = solve_scale(params, offsets, planned(1), shares)
+        return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets))
+
+    def soften(params, thresholds, state, step):
+        del step
+        return transform.soft_prune(params, state.prune.replace(thresholds=thresholds)), jnp.zeros((), jnp.float32)
+
+    def update(grads, old_params, params, state, step):
+        fixed = step >= select_steps
+        params = project(params, old_params, state.thresholds, fixed)
+        density_now, slopes, narrow = measure(params, state.thresholds, shares)
+        log_scale = state.log_scale + newton_step(density_now, slopes, planned(step + 1))
+        loss_grads = {path: g * 2 * state.thresholds[path] for path, g in grads.items()}  # ∂L/∂a = 2τ · ∂L/∂τ
+        updates, optimizer_state = optimizer.update(
+            without_component(loss_grads, slopes), state.optimizer, state.offsets
+        )
+        moved = cast(Scalars, optax.apply_updates(state.offsets, updates))
+        offsets = {path: jnp.where(narrow[path], state.offsets[path] - SLOPE_WIDTH, a) for path, a in moved.items()}
+        prune = state.prune.replace(thresholds=scaled_thresholds(jnp.exp(log_scale), offsets))
+        selected = TargetState(prune, log_scale, offsets, optimizer_state)
+        exact = jax.lax.cond(
+            step + 1 == select_steps,
+            lambda: exact_thresholds(params, selected.offsets, density, shares),
+            lambda: {path: jnp.float32(FIXED_THRESHOLD) for path in sizes},
+        )
+        hard = state.replace(prune=PruneState(exact, {path: jnp.float32(FIXED_TEMPERATURE) for path in sizes}))
+        return params, jax.tree.map(lambda soft, hard: jnp.where(step + 1 >= select_steps, hard, soft), selected, hard)
+
+    return Pruner(init, soften, update, lambda params, state: transform.hard_prune(params, state.prune))
+
+
+def scaled_thresholds(scale: jax.Array, offsets: Scalars) -> Scalars:
+    """``τ_l = (m · exp(a_l))²``, float32 scalars in units of ``w²``."""
+    return {path: jnp.square(scale * jnp.exp(a)) for path, a in offsets.items()}
+
+
+def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) -> tuple[jax.Array, Scalars, Scalars]:
+    """What is left under some thresholds, and how it changes with them. Reads each weight once.
+
+    Args:
+      params: the parameters.
+      thresholds: ``τ`` by path.
+      shares: the cost of one weight of each tensor over that of all weights, by path.
+
+    Returns:
+      The density, a float32 scalar in [0, 1]; by path, the share that it loses per unit of ``log √τ_l``, which is not
+      negative; and, by path, whether fewer than one weight is left a tenth above the threshold, so that it must not
+      rise.
+    """
+    leaves = dict(named_leaves(params))
+    density = jnp.zeros((), jnp.float32)
+    slopes, narrow = {}, {}
+    for path, share in shares.items():
+        width = math.exp(2 * SLOPE_WIDTH)
+        tau = thresholds[path]
+        below, kept, above = _counts(leaves[path], (tau / width, tau, tau * width))
+        density += share * kept
+        slopes[path] = share * (below - above) / (2 * SLOPE_WIDTH)
+        narrow[path] = above < 1
+    return density, slopes, narrow
+
+
+def newton_step(density: jax.Array, slopes: Scalars, planned: jax.Array) -> jax.Array:
+    """How much ``log m`` has to move for the density to be the planned one: a Newton step on its logarithm, bounded.
+
+    Args:
+      density: the present one.
+      slopes: what it loses per unit of ``log √τ_l``, by path.
+      planned: the density wanted.
+    """
+    density = jnp.maximum(density, 1e-9)
+    slope = sum(slopes.values(), start=jnp.zeros((), jnp.float32)) / density
+    # Selection empties the surroundings of a threshold: the slope there would throw it far into the weights beyond.
+    # For normally distributed weights the slope is about −1.3 log density; less than half of that is not believed.
+    slope = jnp.maximum(slope, -0.65 * jnp.log(density))
+    return jnp.clip(jnp.log(density / planned) / jnp.maximum(slope, 1e-3), -MAX_STEP, MAX_STEP)
+
+
+def without_component(grads: Scalars, direction: Scalars) -> Scalars:
+    """The gradients less their component along a direction, both by path: what is left keeps the budget.
+
+    The coefficient of the component, ``<g, b> / <b, b>``, is the multiplier λ of the penalty.
+    """
+    zero = jnp.zeros((), jnp.float32)
+    along = sum((g * direction[path] for path, g in grads.items()), start=zero)
+    norm = sum((b * b for b in direction.values()), start=zero)
+    multiplier = along / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+    return {path: g - multiplier * direction[path] for path, g in grads.items()}
+
+
+def project(params: Params, old_params: Params, thresholds: Scalars, fixed: jax.Array) -> Params:
+    """The parameters after an optimizer's step, in which what was pruned before the step is zero, if masks are fixed.
+
+    Momentum would otherwise bring weights back that are pruned already.
+    """
+    old = dict(named_leaves(old_params))
+
+    def visit(keys, w):
+        path = path_name(keys)
+        if path not in thresholds:
+            return w
+        return jnp.where(fixed & ~method.hard_mask(old[path], thresholds[path]), jnp.zeros((), w.dtype), w)
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
+    """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density.
+
+    A layer of which they would leave nothing keeps its largest weight.
+
+    Args:
+      params: the parameters.
+      offsets: ``a_l`` by path.
+      density: share of the total cost that is left, in (0, 1].
+      shares: the cost of one weight of each tensor over that of all weights, by path.
+    """
+    leaves = dict(named_leaves(params))
+    thresholds = scaled_thresholds(solve_scale(params, offsets, density, shares), offsets)
+
+    def keep_one(path: str, tau: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.square(leaves[path].astype(jnp.float32)))
+        return jnp.minimum(tau, jnp.nextafter(largest, jnp.float32(0)))
+
+    return {path: keep_one(path, tau) for path, tau in thresholds.items()}
+
+
+def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> jax.Array:
+    """The smallest ``m`` under whose thresholds no more than a density is left. A layer counts at least one weight.
+
+    It is found by halving the range of the positive float32 numbers, whose order is that of their bits: 31 counts of
+    the weights settle it to the last bit, without a sort, a copy, or a gathering of weights that lie on many devices.
+    Arguments as for ``exact_thresholds``.
+    """
+    leaves = dict(named_leaves(params))
+
+    def left(scale: jax.Array) -> jax.Array:
+        thresholds = scaled_thresholds(scale, offsets)
+        counts = {path: jnp.maximum(_counts(leaves[path], (tau,))[0], 1) for path, tau in thresholds.items()}
+        return transform.total_cost(counts, shares)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = left(jax.lax.bitcast_convert_type(middle, jnp.float32)) <= density * (1 + 1e-6)
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    largest = jax.lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32)
+    high = jax.lax.fori_loop(0, 32, halve, (jnp.int32(0), largest))[1]
+    return jax.lax.bitcast_convert_type(high, jnp.float32)
+
+
+def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """How many weights lie above each threshold: int32 scalars, since a float32 sum of ones stops at 2²⁴.
+
+    XLA has no fast form of integer sums for a CPU: it writes each mask to memory first. There they are one reduction of
+    several operands, which takes a twentieth of the time, and which costs a TPU more than separate sums.
+    """
+
+    def together(*masks: jax.Array) -> tuple[jax.Array, ...]:
+        zeros = (jnp.int32(0),) * len(masks)
+        return jax.lax.reduce(masks, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), range(w.ndim))
+
+    def apart(*masks: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
+
+    masks = (method.hard_mask(w, tau).astype(jnp.int32) for tau in thresholds)
+    return jax.lax.platform_dependent(*masks, cpu=together, default=apart)

@@ -1,0 +1,148 @@
+"""A training step and an evaluation step for any apply function, and their compilation for all devices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ltp_jax.pruner import Pruner
+from ltp_jax.selection import Params
+
+Batch = Mapping[str, jax.Array]
+"""``image`` [b, ...], ``label`` int32 [b] and, for evaluation, ``mask`` bool [b] that is False for padding."""
+
+
+class Apply(Protocol):
+    """A network: ``(params, batch_stats, images, train, key) -> (logits float32 [b, classes], batch_stats)``."""
+
+    def __call__(
+        self, params: Params, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]: ...
+
+
+Loss = Callable[[jax.Array, Batch], jax.Array]
+"""``(logits [b, classes], batch) -> scalar``."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a run carries from step to step.
+
+    Attributes:
+      step: int32 scalar, how many steps were taken; also the position in the training data.
+      params: the latent weights, float32.
+      batch_stats: what the network averages while it trains, or an empty dict.
+      pruning: the state of the pruning method.
+      optimizer: the state of the weights' optimizer.
+      key: the random key of the run. Each step folds its number into it.
+      totals: sums over the steps of this epoch: ``loss`` (without the penalty), ``correct`` (examples whose label got
+        the highest logit), and ``examples``; float32 scalars.
+    """
+
+    step: jax.Array
+    params: Params
+    batch_stats: Any
+    pruning: Any
+    optimizer: optax.OptState
+    key: jax.Array
+    totals: dict[str, jax.Array]
+
+
+def create_state(
+    params: Params, batch_stats: Any, optimizer: optax.GradientTransformation, pruner: Pruner, key: jax.Array
+) -> TrainState:
+    """The state of a run that has not begun."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        pruning=pruner.init(params),
+        optimizer=optimizer.init(params),
+        key=key,
+        totals=zero_totals(),
+    )
+
+
+def zero_totals() -> dict[str, jax.Array]:
+    """The sums of an epoch that has not begun."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "examples")}
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Loss:
+    """Mean softmax cross entropy; a share ``label_smoothing`` of each label is spread over all classes."""
+
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        labels = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), label_smoothing)
+        return jnp.mean(optax.softmax_cross_entropy(logits, labels))
+
+    return loss
+
+
+def make_train_step(
+    apply: Apply, optimizer: optax.GradientTransformation, pruner: Pruner, loss: Loss
+) -> Callable[[TrainState, Batch], TrainState]:
+    """One step of training the soft-pruned network, weights and thresholds together, as a pure function.
+
+    Args:
+      apply: the network.
+      optimizer: updates the weights. It never sees a threshold, and so cannot decay one.
+      pruner: the pruning method, which updates its own thresholds.
+      loss: what is minimised, together with the method's penalty.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> TrainState:
+        key = jax.random.fold_in(state.key, state.step)
+
+        def objective(params, thresholds):
+            pruned, penalty = pruner.soften(params, thresholds, state.pruning, state.step)
+            logits, batch_stats = apply(pruned, state.batch_stats, batch["image"], train=True, key=key)
+            task = loss(logits, batch)
+            # Of the penalty only the gradient is used: its value would cost a pass over all weights in every step.
+            return task + penalty, (task, logits, batch_stats)
+
+        gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
+        (grads, threshold_grads), (task, logits, batch_stats) = gradient(state.params, state.pruning.thresholds)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, pruning = pruner.update(threshold_grads, state.params, params, state.pruning, state.step)
+        n = jnp.float32(batch["label"].shape[0])
+        step_totals = {
+            "loss": task * n,
+            "correct": jnp.sum(jnp.argmax(logits, -1) == batch["label"], dtype=jnp.float32),
+            "examples": n,
+        }
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            pruning=pruning,
+            optimizer=optimizer_state,
+            key=state.key,
+            totals=jax.tree.map(jnp.add, state.totals, step_totals),
+        )
+
+    return train_step
+
+
+def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax.Array]]:
+    """Counts of one batch: float32 sums ``top1``, ``top5``, ``loss`` and ``examples``, over rows that are no padding.
+
+    With fewer than six classes every example counts in ``top5``.
+    """
+
+    def eval_step(params: Params, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
+        logits, _ = apply(params, batch_stats, batch["image"], train=False, key=None)
+        mask = batch["mask"].astype(jnp.float32)
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == batch["label"][:, None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return {
+            "top1": jnp.sum(mask * best[:, 0]),
+            "top5": jnp.sum(mask * jnp.any(best, axis=-1)),
+            # Not mask · loss: what a network makes of padding may be infinite.
+            "loss": jnp.sum(jnp.where(batch["mask"], losses, 0.0)),
+            "examples": jnp.sum(mask),
+        }
+
+    return eval_step

@@ -1,0 +1,57 @@
+"""Uses of weights, against convolutions counted by hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ltp_jax as ltp
+from ltp_jax import models
+from ltp_jax.costs import uses_per_input
+from ltp_jax.models.layers import Conv
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = Conv(8, 3, strides=2, name="strided")(x)  # 6×6 → 3×3
+        x = Conv(8, 3, groups=8, name="depthwise")(x)
+        x = nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, name="grouped")(x)  # 3×3 → 2×2
+        shared = nn.Dense(4, name="shared")
+        return nn.Dense(5, name="head")(shared(shared(x)).mean((1, 2)))
+
+
+def plan_of(module, shape):
+    images = jnp.zeros(shape)
+    return ltp.plan(jax.eval_shape(lambda: module.init(jax.random.key(0), images, train=False))["params"]), images
+
+
+def test_uses_by_hand():
+    plan, images = plan_of(Net(), (7, 6, 6, 3))
+    assert uses_per_input(Net(), images, plan, train=False) == {
+        "strided/kernel": 9,
+        "depthwise/kernel": 9,
+        "grouped/kernel": 4,
+        "shared/kernel": 2 * 4,  # twice, at four positions
+        "head/kernel": 1,
+    }
+
+
+def test_multiply_accumulates_of_known_networks():
+    # LeNet-5: 24²·20·25 + 8²·50·500 + 400,000 + 5,000; ResNet-20: 40.6 million (He et al.)
+    for name, shape, macs in (("lenet5", (1, 28, 28, 1), 2_293_000), ("resnet20", (1, 32, 32, 3), 40_551_040)):
+        module = models.create(name, num_classes=10)
+        plan, images = plan_of(module, shape)
+        uses = uses_per_input(module, images, plan, train=False)
+        assert sum(uses[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune) == macs
+
+
+def test_a_tensor_whose_uses_cannot_be_counted_is_named():
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return x @ self.param("kernel", nn.initializers.ones, (3, 4)).T.T @ jnp.ones((4, 5))
+
+    plan, images = plan_of(Odd(), (2, 3))
+    with pytest.raises(ValueError, match="the uses of kernel are not known"):
+        uses_per_input(Odd(), images, plan, train=False)

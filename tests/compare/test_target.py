@@ -1,0 +1,264 @@
+"""LTP to a target: the arithmetic by hand, and whole runs that have to land on it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ltp_jax as ltp
+from ltp_jax import target
+from ltp_jax.training import create_state, cross_entropy, make_train_step
+
+SIZES = {"one/kernel": (16, 40), "two/kernel": (40, 24), "head/kernel": (24, 4)}
+STEPS, PRUNE, SELECT = 60, 24, 36
+
+
+def initial_params(seed=0):
+    keys = jax.random.split(jax.random.key(seed), len(SIZES))
+    params = {}
+    for key, (path, shape) in zip(keys, SIZES.items(), strict=True):
+        layer = path.split("/")[0]
+        params[layer] = {"kernel": jax.random.normal(key, shape) / shape[0] ** 0.5, "bias": jnp.zeros(shape[1])}
+    return params
+
+
+def apply(params, batch_stats, images, *, train, key):
+    del train, key
+    x = jax.nn.relu(images @ params["one"]["kernel"] + params["one"]["bias"])
+    x = jax.nn.relu(x @ params["two"]["kernel"] + params["two"]["bias"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"], batch_stats
+
+
+def batch(step, seed=0):
+    rng = np.random.default_rng((seed, step))
+    images = rng.normal(size=(32, 16)).astype(np.float32)
+    return {"image": images, "label": np.argmax(images[:, :4] + images[:, 4:8], -1).astype(np.int32)}
+
+
+@functools.cache
+def compiled(pruner):
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    step = make_train_step(apply, optimizer, pruner, cross_entropy())
+
+    @jax.jit
+    def train(params, batches):
+        def advance(state, batch):
+            state = step(state, batch)
+            return state, state
+
+        first = create_state(params, {}, optimizer, pruner, jax.random.key(0))
+        return first, jax.lax.scan(advance, first, batches)[1]
+
+    return train
+
+
+def run(pruner, seed=0):
+    """States before the first and after each step."""
+    batches = [batch(step, seed) for step in range(STEPS)]
+    first, rest = compiled(pruner)(initial_params(seed), jax.tree.map(lambda *rows: np.stack(rows), *batches))
+    return [first, *(jax.tree.map(lambda leaf, i=i: leaf[i], rest) for i in range(STEPS))]
+
+
+@functools.cache
+def pruner_to(compression):
+    plan = ltp.plan(initial_params())
+    return target.target_density(plan, 1 / compression, prune_steps=PRUNE, select_steps=SELECT)
+
+
+def kept(state):
+    return int(ltp.summarize(state.params, state.pruning.prune).kept)
+
+
+def shares(params):
+    leaves = {path: leaf for path, leaf in ltp.named_leaves(params) if path.endswith("kernel")}
+    total = sum(leaf.size for leaf in leaves.values())
+    return dict.fromkeys(leaves, 1 / total)
+
+
+TOY = {"a": {"kernel": jnp.array([1.0, -2.0, 3.0, -4.0])}, "b": {"kernel": jnp.array([-5.0, 6.0, -7.0, 8.0])}}
+ZERO = {"a/kernel": jnp.float32(0), "b/kernel": jnp.float32(0)}
+
+
+def test_plan():
+    plan = target.planned_density(2**-8, 4)
+    np.testing.assert_allclose([plan(t) for t in (0, 2, 4, 9)], [1, 2**-7, 2**-8, 2**-8], rtol=1e-5)
+
+
+def test_exact_thresholds_keep_the_largest_and_one_of_each_layer():
+    # Four of eight: by size all would come from b, but a keeps its 4, so 5 has to go.
+    tau = target.exact_thresholds(TOY, ZERO, 0.5, dict.fromkeys(ZERO, 1 / 8))
+    state = ltp.PruneState(tau, {})
+    hard = ltp.hard_prune(TOY, state)
+    np.testing.assert_array_equal(hard["a"]["kernel"], [0, 0, 0, -4])
+    np.testing.assert_array_equal(hard["b"]["kernel"], [0, 6, -7, 8])
+
+
+def test_exact_thresholds_compare_weights_in_units_of_their_layers_scale():
+    # With a scale of a half, the weights of a count as 2, 4, 6, 8 beside 5, 6, 7, 8: six of eight leave out 2 and 4.
+    offsets = ZERO | {"a/kernel": jnp.log(0.5)}
+    tau = target.exact_thresholds(TOY, offsets, 6 / 8, dict.fromkeys(ZERO, 1 / 8))
+    hard = ltp.hard_prune(TOY, ltp.PruneState(tau, {}))
+    np.testing.assert_array_equal(hard["a"]["kernel"], [0, 0, 3, -4])
+    np.testing.assert_array_equal(hard["b"]["kernel"], [-5, 6, -7, 8])
+
+
+def test_exact_thresholds_meet_a_budget_of_costs():
+    # A weight of a costs 3, one of b costs 1, all 16. Half of it, 8, buys 5, 6, 7, 8 and 4: 7; with 3 it were 10.
+    costs = {"a/kernel": 3 / 16, "b/kernel": 1 / 16}
+    hard = ltp.hard_prune(TOY, ltp.PruneState(target.exact_thresholds(TOY, ZERO, 0.5, costs), {}))
+    np.testing.assert_array_equal(hard["a"]["kernel"], [0, 0, 0, -4])
+    np.testing.assert_array_equal(hard["b"]["kernel"], [-5, 6, -7, 8])
+
+
+def test_exact_thresholds_under_jit_are_the_same_to_the_bit():
+    params = initial_params()
+    zero = {path: jnp.zeros(()) for path in shares(params)}
+    eager = target.exact_thresholds(params, zero, 0.1, shares(params))
+    jitted = jax.jit(lambda p: target.exact_thresholds(p, zero, 0.1, shares(params)))(params)
+    counts = [int(ltp.summarize(params, ltp.PruneState(tau, {})).kept) for tau in (eager, jitted)]
+    assert counts == [sum(w.size for p, w in ltp.named_leaves(params) if p in zero) // 10] * 2
+
+
+def test_component_along_the_budget_is_removed():
+    # λ = <(3, 4), (1, 1)> / 2 = 3.5
+    left = target.without_component({"a": jnp.array(3.0), "b": jnp.array(4.0)}, {"a": jnp.ones(()), "b": jnp.ones(())})
+    assert (float(left["a"]), float(left["b"])) == (-0.5, 0.5)
+
+
+def test_newton_step():
+    slopes = {"a": jnp.float32(0.1), "b": jnp.float32(0.3)}
+    # The logarithm of the density has the slope 0.4 / 0.5 = 0.8.
+    step = target.newton_step(jnp.float32(0.5), slopes, jnp.float32(0.45))
+    assert float(step) == pytest.approx(math.log(0.5 / 0.45) / 0.8)
+    # Where no weight is near a threshold, 0.65 · log 2 is taken for the slope, and a step is at most 0.3.
+    empty = {path: jnp.zeros(()) for path in slopes}
+    step = target.newton_step(jnp.float32(0.5), empty, jnp.float32(0.45))
+    assert float(step) == pytest.approx(math.log(0.5 / 0.45) / (0.65 * math.log(2)), rel=1e-5)
+    assert float(target.newton_step(jnp.float32(0.5), empty, jnp.float32(0.1))) == pytest.approx(0.3)
+
+
+def test_measure():
+    params = {"kernel": jnp.array([0.5, 0.95, -1.0, 1.05, -2.0])}
+    density, slopes, narrow = target.measure(params, {"kernel": jnp.float32(0.98)}, {"kernel": 0.2})
+    assert float(density) == pytest.approx(3 / 5)  # √0.98 = 0.990
+    # Between 0.896 and 1.094 lie three of them, in 0.2 of log √τ.
+    assert float(slopes["kernel"]) == pytest.approx(3 * 0.2 / 0.2)
+    assert not narrow["kernel"]
+    assert target.measure(params, {"kernel": jnp.float32(3.9)}, {"kernel": 0.2})[2]["kernel"]
+
+
+def test_nothing_comes_back_once_masks_are_fixed():
+    old = {"kernel": jnp.array([0.0, 1.0, 0.5]), "bias": jnp.zeros(2)}
+    new = {"kernel": jnp.array([0.1, 1.1, 0.4]), "bias": jnp.ones(2)}
+    tau = {"kernel": jnp.float32(0.5)}
+    fixed = target.project(new, old, tau, jnp.array(True))
+    np.testing.assert_allclose(fixed["kernel"], [0, 1.1, 0])
+    np.testing.assert_array_equal(fixed["bias"], new["bias"])
+    np.testing.assert_array_equal(target.project(new, old, tau, jnp.array(False))["kernel"], new["kernel"])
+
+
+@pytest.mark.parametrize("compression", [2, 16, 128])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_target_is_met_and_kept(compression, seed):
+    plan = ltp.plan(initial_params())
+    states = run(pruner_to(compression), seed)
+    counts = [kept(state) for state in states]
+    assert counts[0] == plan.prunable
+    assert set(counts[SELECT:]) == {int(plan.prunable / compression)}
+    summary = ltp.summarize(states[-1].params, states[-1].pruning.prune)
+    assert all(int(tensor.kept) >= 1 for tensor in summary.tensors.values())
+
+
+def test_the_density_follows_the_plan():
+    plan = ltp.plan(initial_params())
+    states = run(pruner_to(16))
+    planned = target.planned_density(1 / 16, PRUNE)
+    for step in range(PRUNE // 4, SELECT):
+        assert kept(states[step]) / plan.prunable == pytest.approx(float(planned(step)), rel=0.08), step
+
+
+def test_the_fixed_network_is_what_every_verb_says():
+    plan = ltp.plan(initial_params())
+    pruner = pruner_to(16)
+    states = run(pruner)
+    masks = jax.tree.map(lambda w: w != 0, pruner.harden(states[SELECT].params, states[SELECT].pruning))
+    for state in states[SELECT + 1 :]:
+        for path, w in ltp.named_leaves(state.params):
+            if path in plan.paths:
+                np.testing.assert_array_equal(w != 0, dict(ltp.named_leaves(masks))[path])
+    state = states[-1]
+    hard, soft = (verb(state.params, state.pruning.prune) for verb in (ltp.hard_prune, ltp.soft_prune))
+    jax.tree.map(np.testing.assert_array_equal, hard, state.params)
+    jax.tree.map(np.testing.assert_array_equal, soft, state.params)
+    assert float(ltp.l0(state.params, state.pruning.prune)) == kept(state)
+    # It goes on training all the same.
+    assert not np.array_equal(state.params["one"]["kernel"], states[SELECT + 1].params["one"]["kernel"])
+
+
+def test_a_budget_of_costs_is_met():
+    plan = ltp.plan(initial_params())
+    costs = {"one/kernel": 9.0, "two/kernel": 1.0, "head/kernel": 1.0}
+    pruner = target.target_density(plan, 0.1, prune_steps=PRUNE, select_steps=SELECT, costs=costs)
+    state = run(pruner)[-1]
+    summary = ltp.summarize(state.params, state.pruning.prune)
+    total = sum(costs[path] * tensor.weights for path, tensor in summary.tensors.items())
+    left = sum(costs[path] * int(tensor.kept) for path, tensor in summary.tensors.items())
+    assert 0.1 * total - 9 < left <= 0.1 * total
+
+
+def test_offsets_descend_the_loss():
+    # With a loss that wants the head whole, it keeps more than a common threshold would leave it.
+    plan = ltp.plan(initial_params())
+
+    def densities(rate):
+        pruner = target.target_density(
+            plan, 1 / 8, prune_steps=PRUNE, select_steps=SELECT, optimizer=optax.sgd(rate, momentum=0.9)
+        )
+
+        def soften(params, thresholds, state, step):
+            pruned, penalty = pruner.soften(params, thresholds, state, step)
+            # The loss reaches the thresholds alone: the weights themselves do not grow.
+            unmoved, _ = pruner.soften(jax.lax.stop_gradient(params), thresholds, state, step)
+            return pruned, penalty - jnp.sum(jnp.abs(unmoved["head"]["kernel"]))
+
+        state = run(pruner._replace(soften=soften))[-1]
+        return {p: float(t.density) for p, t in ltp.summarize(state.params, state.pruning.prune).tensors.items()}
+
+    assert densities(1e-2)["head/kernel"] > densities(0.0)["head/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("density", "prune_steps", "select_steps", "message"),
+    [
+        (0.0, 1, 2, "density is 0.0; accepted is more than 0"),
+        (1.0, 1, 2, "less than 1"),
+        (0.5, 3, 2, "prune_steps is 3, select_steps 2"),
+        (0.5, 0, 2, "prune_steps is 0"),
+        (0.001, 1, 2, "fewer than one weight to each of the 3 tensors"),
+    ],
+)
+def test_refusals(density, prune_steps, select_steps, message):
+    plan = ltp.plan(initial_params())
+    with pytest.raises(ValueError, match=message):
+        target.target_density(plan, density, prune_steps=prune_steps, select_steps=select_steps)
+
+
+def test_one_trace_serves_the_whole_run():
+    pruner, traces = pruner_to(16), []
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(apply, optimizer, pruner, cross_entropy())
+
+    @jax.jit
+    def traced(state, batch):
+        traces.append(1)
+        return step(state, batch)
+
+    initial = jax.jit(lambda params: create_state(params, {}, optimizer, pruner, jax.random.key(0)))
+    state = initial(initial_params())
+    for i in range(SELECT + 2):
+        state = traced(state, batch(i))
+    assert len(traces) == 1

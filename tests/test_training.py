@@ -1,0 +1,239 @@
+"""The thresholds' own optimizer, the training step, and the evaluation step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import ltp_jax as ltp
+from ltp_jax import pruner as pruners
+from ltp_jax.adapters import linen_apply, nnx_apply
+from ltp_jax.training import create_state, cross_entropy, make_eval_step, make_train_step
+
+# Four weights with |w| = 1, 1, 3, 3: Var(|w|) = 1, so T = t0 and r = √τ.
+W = {"kernel": jnp.array([[1.0, -1.0], [3.0, -3.0]])}
+
+
+def threshold_state(optimizer, tau, params=W, t0=1e-3):
+    prune = ltp.init(params, ltp.plan(params), t0)
+    return pruners.LearnedThresholdState(
+        prune.replace(thresholds={"kernel": jnp.float32(tau)}), optimizer.init(prune.thresholds)
+    )
+
+
+def test_step_of_a_threshold_by_hand():
+    optimizer = optax.sgd(0.1)
+    # r = 0.5, ∂L/∂r = ∂L/∂τ · 2 r = 2, r' = 0.5 − 0.2, τ' = 0.09.
+    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    np.testing.assert_allclose(state.thresholds["kernel"], 0.09, rtol=1e-5)
+
+
+def test_threshold_stays_in_its_valid_range():
+    optimizer = optax.sgd(10.0)
+    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    assert state.thresholds["kernel"] == 0
+    # From zero it can rise again: the gradient does not vanish there.
+    state = pruners.step_thresholds({"kernel": jnp.float32(-2.0)}, state, optimizer, 1e-3)
+    assert state.thresholds["kernel"] > 0
+
+
+def test_step_of_a_threshold_is_free_of_scale():
+    optimizer = optax.sgd(0.1)
+    scaled = {"kernel": 8 * W["kernel"]}
+    # The loss does not depend on the scale of the layer: ∂L/∂τ falls as 1/scale².
+    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    other = pruners.step_thresholds(
+        {"kernel": jnp.float32(2.0 / 64)}, threshold_state(optimizer, 0.25 * 64, scaled), optimizer, 1e-3
+    )
+    np.testing.assert_allclose(other.thresholds["kernel"], 64 * state.thresholds["kernel"], rtol=1e-5)
+
+
+def make(params, *, penalty=0.0, learn_steps=100, weights=None, batch_stats=None, thresholds=None, **options):
+    pruner = pruners.learned_thresholds(
+        ltp.plan(params),
+        optax.constant_schedule(penalty),
+        thresholds or optax.sgd(0.1),
+        learn_steps=learn_steps,
+        **options,
+    )
+    optimizer = weights or optax.sgd(0.0)
+    apply = linen_apply(networks.LinenNet())
+    step = make_train_step(apply, optimizer, pruner, cross_entropy())
+    state = create_state(params, batch_stats or {}, optimizer, pruner, jax.random.key(0))
+    return step, state, pruner
+
+
+@pytest.fixture
+def variables():
+    return networks.linen_variables()
+
+
+def test_rescaling_a_layer_before_batch_norm_does_not_change_what_is_pruned(variables):
+    def masks(scale):
+        params = jax.tree.map(lambda w: w, variables["params"])
+        params["conv"]["kernel"] = params["conv"]["kernel"] * scale
+        step, state, pruner = make(params, penalty=3.0, batch_stats=variables["batch_stats"], t0=0.05)
+        step = jax.jit(step)
+        for i in range(30):
+            state = step(state, networks.batch(seed=i))
+        return pruner.harden(state.params, state.pruning), state.pruning.thresholds
+
+    hard, thresholds = masks(1.0)
+    hard_scaled, thresholds_scaled = masks(16.0)
+    np.testing.assert_allclose(thresholds_scaled["conv/kernel"], 256 * thresholds["conv/kernel"], rtol=1e-3)
+    pruned = hard["conv"]["kernel"] == 0
+    assert 0.05 < pruned.mean() < 0.95  # something was pruned, and something was not
+    np.testing.assert_array_equal(hard_scaled["conv"]["kernel"] == 0, pruned)
+    np.testing.assert_array_equal(hard_scaled["head"]["kernel"] == 0, hard["head"]["kernel"] == 0)
+
+
+def test_weight_decay_never_touches_thresholds(variables):
+    params = variables["params"]
+    decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
+    step, state, _ = make(params, weights=decay, learn_steps=0, batch_stats=variables["batch_stats"])
+    thresholds = {path: jnp.float32(0.01) for path in state.pruning.thresholds}
+    state = state.replace(pruning=state.pruning.replace(prune=state.pruning.prune.replace(thresholds=thresholds)))
+    after = jax.jit(step)(state, networks.batch())
+    assert np.abs(after.params["conv"]["kernel"]).sum() < np.abs(params["conv"]["kernel"]).sum()
+    chex.assert_trees_all_equal(after.pruning.thresholds, thresholds)
+
+
+def test_thresholds_are_frozen_after_the_learning_steps(variables):
+    step, state, _ = make(variables["params"], penalty=10.0, learn_steps=2, batch_stats=variables["batch_stats"])
+    seen = []
+    for i in range(4):
+        state = jax.jit(step)(state, networks.batch(seed=i))
+        seen.append(jax.device_get(state.pruning))
+    assert seen[0].thresholds["conv/kernel"] > 0
+    assert seen[1].thresholds["conv/kernel"] != seen[0].thresholds["conv/kernel"]
+    chex.assert_trees_all_equal(seen[2], seen[1])
+    chex.assert_trees_all_equal(seen[3], seen[1])
+
+
+def test_loss_and_penalty_are_what_they_say(variables):
+    step, state, pruner = make(variables["params"], penalty=10.0, batch_stats=variables["batch_stats"])
+    batch = networks.batch()
+    totals = jax.device_get(jax.jit(step)(state, batch).totals)
+    soft = ltp.soft_prune(state.params, state.pruning.prune)
+    logits, _ = networks.LinenNet().apply(
+        {"params": soft, "batch_stats": variables["batch_stats"]}, batch["image"], train=True, mutable=["batch_stats"]
+    )
+    loss = -np.mean(np.log(jax.nn.softmax(logits))[np.arange(16), batch["label"]])
+    np.testing.assert_allclose(totals["loss"] / totals["examples"], loss, rtol=1e-5)
+    # λ·N = 10 times the soft density.
+    density = ltp.l0(state.params, state.pruning.prune) / sum(v for v in (216, 72, 40))
+    penalty = pruner.soften(state.params, state.pruning.thresholds, state.pruning, state.step)[1]
+    np.testing.assert_allclose(penalty, 10 * density, rtol=1e-5)
+    assert totals["examples"] == 16
+
+
+def test_dense_method_trains_the_network_as_it_is(variables):
+    pruner = pruners.dense()
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(linen_apply(networks.LinenNet()), optimizer, pruner, cross_entropy())
+    state = create_state(variables["params"], variables["batch_stats"], optimizer, pruner, jax.random.key(0))
+    batch = networks.batch()
+
+    def loss(params):
+        logits, _ = networks.LinenNet().apply(
+            {"params": params, "batch_stats": variables["batch_stats"]},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    expected = jax.tree.map(lambda w, g: w - 0.1 * g, variables["params"], jax.grad(loss)(variables["params"]))
+    chex.assert_trees_all_close(jax.jit(step)(state, batch).params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_trace_serves_learning_and_recovery(variables):
+    step, state, _ = make(variables["params"], penalty=1.0, learn_steps=2, batch_stats=variables["batch_stats"])
+    step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, state)  # the parameters belong to other tests, too
+    for i in range(5):
+        state = step(state, networks.batch(seed=i))
+    assert state.step == 5
+
+
+def test_jit_and_no_jit_agree(variables):
+    step, state, _ = make(
+        variables["params"], penalty=1.0, weights=optax.sgd(0.1), batch_stats=variables["batch_stats"], t0=0.05
+    )
+    plain, compiled = step(state, networks.batch()), jax.jit(step)(state, networks.batch())
+    chex.assert_trees_all_close(plain.params, compiled.params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(plain.pruning.thresholds, compiled.pruning.thresholds, rtol=1e-3)
+
+
+def test_linen_and_nnx_train_alike(variables):
+    model = networks.NnxNet(nnx.Rngs(0))
+    nnx.update(model, nnx.State({}))
+    params = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(params, variables["params"])
+    nnx.update(model, params)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def train(apply, params, rest):
+        pruner = pruners.learned_thresholds(
+            ltp.plan(params), optax.constant_schedule(1.0), optax.sgd(0.1), learn_steps=10, t0=0.05
+        )
+        optimizer = optax.sgd(0.1)
+        state = create_state(params, rest, optimizer, pruner, jax.random.key(0))
+        step = jax.jit(make_train_step(apply, optimizer, pruner, cross_entropy()))
+        for i in range(3):
+            state = step(state, networks.batch(seed=i))
+        logits, _ = apply(state.params, state.batch_stats, networks.batch()["image"], train=False, key=None)
+        return state, logits
+
+    linen, linen_logits = train(linen_apply(networks.LinenNet()), variables["params"], variables["batch_stats"])
+    of_nnx, nnx_logits = train(nnx_apply(graphdef), params, rest)
+    chex.assert_trees_all_close(nnx.to_pure_dict(of_nnx.params), linen.params, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(of_nnx.pruning.thresholds, linen.pruning.thresholds, rtol=1e-2)
+    np.testing.assert_allclose(nnx_logits, linen_logits, rtol=1e-3, atol=1e-4)
+
+
+def fixed_logits(logits):
+    return make_eval_step(lambda params, batch_stats, images, *, train, key: (jnp.asarray(logits), batch_stats))
+
+
+def test_evaluation_counts_by_hand():
+    logits = np.zeros((4, 7), np.float32)
+    logits[0, 2] = 5  # label 2: first
+    logits[1, [0, 1, 3, 4]] = [4, 3, 2, 1]  # label 1: second
+    logits[2] = [7, 6, 5, 4, 3, 2, 1]  # label 6: last of seven
+    logits[3, 0] = 9  # padding
+    batch = {
+        "image": jnp.zeros((4, 1)),
+        "label": jnp.array([2, 1, 6, 0]),
+        "mask": jnp.array([True, True, True, False]),
+    }
+    counts = jax.device_get(fixed_logits(logits)({}, {}, batch))
+    assert (counts["top1"], counts["top5"], counts["examples"]) == (1, 2, 3)
+    losses = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(np.float64(logits), (2, 1, 6), strict=False)]
+    np.testing.assert_allclose(counts["loss"], sum(losses), rtol=1e-6)
+
+
+def test_network_that_says_nothing_gets_no_credit():
+    """All logits alike: one class in seven is right, not every one."""
+    batch = {"image": jnp.zeros((7, 1)), "label": jnp.arange(7), "mask": jnp.ones(7, bool)}
+    counts = fixed_logits(np.zeros((7, 7), np.float32))({}, {}, batch)
+    assert counts["top1"] == 1
+    assert counts["top5"] == 5
+
+
+def test_padding_cannot_spoil_the_loss():
+    logits = np.zeros((2, 3), np.float32)
+    logits[1] = np.nan
+    batch = {"image": jnp.zeros((2, 1)), "label": jnp.array([0, 0]), "mask": jnp.array([True, False])}
+    np.testing.assert_allclose(fixed_logits(logits)({}, {}, batch)["loss"], np.log(3), rtol=1e-6)
+
+
+def test_label_smoothing_by_hand():
+    logits = jnp.array([[2.0, 0.0]])
+    p = 1 / (1 + np.exp(-2.0))
+    expected = -(0.9 + 0.05) * np.log(p) - 0.05 * np.log(1 - p)  # a tenth of the label over two classes
+    np.testing.assert_allclose(cross_entropy(0.1)(logits, {"label": jnp.array([0])}), expected, rtol=1e-5)
