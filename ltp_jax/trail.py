@@ -1,0 +1,323 @@
+"""The trail of a run on disk: every epoch's pruned network with its figures, and the state to resume from.
+
+Checkpoints are Orbax's. An entry of the trail is a directory ``<epoch>`` that holds ``network``, the hard-pruned
+``params`` and ``batch_stats`` as ordinary dense arrays, and ``metrics``, JSON.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class TrailError(Exception):
+    """A trail or a resume state that cannot be read or written, or a request that it cannot meet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The figures of one network of the trail. The dense network is entry 0.
+
+    Attributes:
+      epoch: how many epochs of pruning it has seen.
+      step: the same in training steps.
+      compression: prunable weights over those kept.
+      density: the kept fraction of the prunable weights, in [0, 1].
+      densities: the same for each pruned tensor, by path.
+      thresholds: ``τ`` of each pruned tensor, by path, in units of ``w²``.
+      top1, top5: of this network, the hard-pruned one, on held-out data; percent.
+      loss: its mean cross entropy there, in nats.
+      soft_top1, soft_top5, soft_loss: the same for the soft-pruned network that is trained.
+      train_loss: mean loss of the soft-pruned network over the epoch's training batches; None before the first epoch.
+    """
+
+    epoch: int
+    step: int
+    compression: float
+    density: float
+    densities: dict[str, float]
+    thresholds: dict[str, float]
+    top1: float
+    top5: float
+    loss: float
+    soft_top1: float
+    soft_top5: float
+    soft_loss: float
+    train_loss: float | None = None
+
+    @property
+    def gap(self) -> float:
+        """The hardening gap: what top-1 loses, in points, when the soft masks become hard ones."""
+        return self.soft_top1 - self.top1
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}: {self.compression:.2f}× at {self.top1:.2f} % top-1"
+
+
+class Trail:
+    """The trail in a directory.
+
+    Args:
+      path: the directory, or the working directory of a run, which has it as ``trail``.
+      create: make it if it is not there, clear away what an interrupted run left half written, and write to it.
+        Without it the trail is read alone, also while a run is writing.
+
+    Raises:
+      TrailError: if there is none, or it cannot be written to.
+
+    Example:
+      >>> trail = Trail("runs/digits")
+      >>> entry = trail.pick(min_compression=10)
+      >>> network = trail.restore(entry)  # {"params": ..., "batch_stats": ...}
+    """
+
+    def __init__(self, path: str | Path, *, create: bool = False):
+        path = Path(path).absolute()
+        if (path / "trail").is_dir():
+            path = path / "trail"
+        if not path.is_dir() and not create:
+            raise TrailError(f"there is no trail in {path}")
+        self.path = path
+        self._manager = _manager(path, max_to_keep=None) if create else None
+        self._read: dict[int, Entry] = {}
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs that have an entry, those that are still being written included."""
+        steps = ocp.utils.checkpoint_steps(self.path) if self._manager is None else self._manager.all_steps()
+        return tuple(sorted(steps))
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The figures of all entries, by epoch."""
+        self.wait()
+        return tuple(self._entry(epoch) for epoch in self.epochs)
+
+    @property
+    def dense(self) -> Entry:
+        """The network before pruning."""
+        if not (entries := self.entries) or entries[0].epoch != 0:
+            raise TrailError(f"the trail in {self.path} lacks the dense network, entry 0")
+        return entries[0]
+
+    def pareto(self) -> tuple[Entry, ...]:
+        """The entries that no other beats in both compression and top-1, by rising compression."""
+        return pareto(self.entries)
+
+    def pick(self, *, min_compression: float | None = None, max_top1_drop: float | None = None) -> Entry:
+        """The entry that meets the request best.
+
+        Args:
+          min_compression: ask for at least this compression.
+          max_top1_drop: ask for a top-1 of at most so many points below the dense network's.
+
+        Returns:
+          Of the entries that meet the request, the sparsest if a drop was allowed, else the most accurate.
+
+        Raises:
+          TrailError: if none does, naming the nearest; or if nothing is asked for.
+        """
+        if min_compression is None and max_top1_drop is None:
+            raise TrailError("ask for min_compression, max_top1_drop, or both")
+        entries = self.entries
+        if not entries:
+            raise TrailError(f"the trail in {self.path} has no entry yet")
+        wanted_compression = 0.0 if min_compression is None else min_compression
+        # Accuracies are counts of images in percent: a rounding error must not decide.
+        wanted_top1 = -np.inf if max_top1_drop is None else self.dense.top1 - max_top1_drop - 1e-6
+        met = [e for e in entries if e.compression >= wanted_compression and e.top1 >= wanted_top1]
+        if met and max_top1_drop is not None:
+            return max(met, key=lambda e: (e.compression, e.top1))
+        if met:
+            return max(met, key=lambda e: (e.top1, e.compression))
+
+        def shortfall(e: Entry) -> float:
+            accuracy = max(wanted_top1 - e.top1, 0.0)
+            return accuracy + max(np.log2(wanted_compression / e.compression) if wanted_compression else 0.0, 0.0)
+
+        asked = [] if min_compression is None else [f"at least {min_compression:g}×"]
+        asked += [] if max_top1_drop is None else [f"at most {max_top1_drop:g} points below {self.dense.top1:.2f} %"]
+        raise TrailError(f"no entry has {' and '.join(asked)}; the nearest is {min(entries, key=shortfall)}")
+
+    def restore(self, entry: Entry) -> dict[str, Any]:
+        """The network of an entry: ``{"params": ..., "batch_stats": ...}``, nested dicts of numpy arrays."""
+        self.wait()
+        return restore_network(self.path / str(entry.epoch) / "network")
+
+    def save(self, entry: Entry, params: Any, batch_stats: Any) -> None:
+        """Writes an entry in the background; all processes of a job take part.
+
+        Args:
+          entry: its figures.
+          params: the hard-pruned parameters, which may be donated once this returns.
+          batch_stats: the batch statistics.
+
+        Raises:
+          TrailError: if the directory cannot be written; also for an earlier entry that failed in the background.
+        """
+        network = ocp.args.StandardSave({"params": params, "batch_stats": batch_stats})
+        metrics = ocp.args.JsonSave(dataclasses.asdict(entry) | {"gap": entry.gap})
+        if self._manager is None:
+            raise TrailError(f"the trail in {self.path} was opened to be read; open it with create=True to add to it")
+        with _writing(self.path):
+            self._manager.save(entry.epoch, args=ocp.args.Composite(network=network, metrics=metrics))
+
+    def wait(self) -> None:
+        """Returns when all entries are on disk."""
+        if self._manager is not None:
+            with _writing(self.path):
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+
+    def _entry(self, epoch: int) -> Entry:
+        if epoch not in self._read:
+            try:
+                metrics = json.loads((self.path / str(epoch) / "metrics" / "metrics").read_text())
+                metrics.pop("gap")
+                self._read[epoch] = Entry(**metrics)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise TrailError(f"entry {epoch} of {self.path} cannot be read: {_first_line(error)}") from error
+        return self._read[epoch]
+
+
+def pareto(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Those of the entries that no other beats in both compression and top-1, by rising compression."""
+    front: list[Entry] = []
+    for entry in sorted(entries, key=lambda e: (-e.compression, -e.top1)):
+        if not front or entry.top1 > front[-1].top1:
+            front.append(entry)
+    return tuple(reversed(front))
+
+
+class Resume:
+    """The latest two training states of a run, apart from its trail.
+
+    Args:
+      path: the directory, made if it is not there.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        self._manager = _manager(self.path, max_to_keep=2)
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes a state in the background. Raises TrailError as ``Trail.save`` does."""
+        if step in self._manager.all_steps():
+            return
+        with _writing(self.path):
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+
+    def restore(self, abstract_state: T) -> T | None:
+        """The latest state that can be read, or None if none was saved.
+
+        Args:
+          abstract_state: ``jax.ShapeDtypeStruct`` leaves with the shardings wanted, which need not be those it was
+            saved with.
+
+        Raises:
+          TrailError: if states are there and none can be read as such a state.
+        """
+        self.wait()
+        failure = None
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+                return self._manager.restore(step, args=args)["state"]
+            except Exception as error:  # Orbax raises what its parts raise
+                log.warning("the state of step %d in %s cannot be read: %s", step, self.path, _first_line(error))
+                failure = failure or error
+        if failure is not None:
+            raise TrailError(
+                f"no state in {self.path} can be read as one of this run ({_first_line(failure)}); "
+                "remove that directory to start over"
+            ) from failure
+        return None
+
+    def wait(self) -> None:
+        """Returns when all states are on disk."""
+        with _writing(self.path):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        self.wait()
+        self._manager.close()
+
+
+def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
+    """Writes one network, in the form that entries of a trail have; returns when it is on disk."""
+    with _writing(Path(path)), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), {"params": params, "batch_stats": batch_stats}, force=True)
+
+
+def restore_network(path: str | Path) -> dict[str, Any]:
+    """Reads a network: ``{"params": ..., "batch_stats": ...}``, nested dicts of numpy arrays.
+
+    Raises:
+      TrailError: if there is none, or it is broken.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise TrailError(f"there is no network in {path}")
+    try:
+        # Each process of a job reads for itself.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    except Exception as error:  # Orbax raises what its parts raise
+        raise TrailError(f"the network in {path} cannot be read: {_first_line(error)}") from error
+
+
+def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True)
+    with _writing(path):
+        return _Manager(path, options=options)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Saves when it is told to and at no other time.
+
+    Orbax would ask JAX whether the job is being preempted, and give the number of the checkpoint for the step that was
+    come to. The processes agree on when to stop by the steps that they tell: epochs would mislead them.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class _writing:
+    """Turns what Orbax raises while it writes into one TrailError."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Exception):
+            raise TrailError(
+                f"cannot write to {self._path}: {_first_line(error)}; what was saved before is whole, and the same "
+                "command goes on from there once there is room and permission to write"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

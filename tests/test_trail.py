@@ -1,0 +1,222 @@
+"""The trail on disk: what is written, what is read back, what is picked, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ltp_jax.trail import Entry, Resume, Trail, TrailError, pareto, restore_network, save_network
+
+PARAMS = {"conv": {"kernel": jnp.array([[1.5, 0.0], [0.0, -2.0]]), "bias": jnp.ones(2)}}
+STATS = {"norm": {"mean": jnp.zeros(2)}}
+
+
+def entry(epoch, compression=1.0, top1=90.0):
+    return Entry(
+        epoch=epoch,
+        step=10 * epoch,
+        compression=compression,
+        density=1 / compression,
+        densities={"conv/kernel": 1 / compression},
+        thresholds={"conv/kernel": 0.25},
+        top1=top1,
+        top5=99.0,
+        loss=0.5,
+        soft_top1=top1 + 0.5,
+        soft_top5=99.0,
+        soft_loss=0.4,
+        train_loss=0.3 if epoch else None,
+    )
+
+
+ENTRIES = (entry(0, 1.0, 90.0), entry(1, 4.0, 89.5), entry(2, 9.0, 88.0), entry(3, 16.0, 89.2), entry(4, 30.0, 86.0))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "trail"
+    trail = Trail(path, create=True)
+    for e in ENTRIES:
+        trail.save(e, jax.tree.map(lambda w, e=e: w * (e.epoch + 1), PARAMS), STATS)
+    trail.close()
+    return path
+
+
+def test_every_entry_stays_and_reads_back(path):
+    trail = Trail(path)
+    assert trail.epochs == (0, 1, 2, 3, 4)
+    assert trail.entries == ENTRIES
+    assert trail.dense == ENTRIES[0]
+    assert ENTRIES[1].gap == pytest.approx(0.5)
+
+
+def test_working_directory_leads_to_its_trail(path):
+    assert Trail(path.parent).path == path
+
+
+def test_restored_network_is_dense_arrays_with_zeros(path):
+    network = Trail(path).restore(ENTRIES[2])
+    assert type(network["params"]["conv"]["kernel"]) is np.ndarray
+    np.testing.assert_array_equal(network["params"]["conv"]["kernel"], [[4.5, 0.0], [0.0, -6.0]])
+    chex.assert_trees_all_equal(network["batch_stats"], jax.device_get(STATS))
+
+
+def test_plain_orbax_reads_an_entry(path):
+    """What somebody does who does not have ltp_jax."""
+    network = ocp.StandardCheckpointer().restore(path / "1" / "network")
+    np.testing.assert_array_equal(network["params"]["conv"]["kernel"], [[3.0, 0.0], [0.0, -4.0]])
+    metrics = json.loads((path / "1" / "metrics" / "metrics").read_text())
+    assert metrics["compression"] == 4.0
+    assert metrics["gap"] == 0.5
+
+
+def test_pareto_set(path):
+    assert [e.epoch for e in Trail(path).pareto()] == [0, 1, 3, 4]
+    # Of two that are equal in both, one is enough.
+    assert len(pareto((entry(1, 4.0, 89.0), entry(2, 4.0, 89.0)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "epoch"),
+    [
+        ({"min_compression": 9}, 3),  # the most accurate of those sparse enough
+        ({"min_compression": 20}, 4),
+        ({"max_top1_drop": 0.5}, 1),  # the sparsest of those accurate enough
+        ({"max_top1_drop": 1.0}, 3),
+        ({"max_top1_drop": 0.0}, 0),
+        ({"min_compression": 3, "max_top1_drop": 2.0}, 3),
+        ({"min_compression": 3, "max_top1_drop": 0.6}, 1),
+    ],
+)
+def test_pick(path, request_, epoch):
+    assert Trail(path).pick(**request_).epoch == epoch
+
+
+@pytest.mark.parametrize(
+    ("request_", "nearest"),
+    [
+        ({"min_compression": 100}, r"at least 100×; the nearest is epoch 4: 30.00× at 86.00 %"),
+        ({"min_compression": 20, "max_top1_drop": 1}, r"at least 20× and at most 1 points below 90.00 %; .* epoch 3"),
+        ({"max_top1_drop": -1}, r"the nearest is epoch 0"),
+    ],
+)
+def test_impossible_request_names_the_nearest(path, request_, nearest):
+    with pytest.raises(TrailError, match=nearest):
+        Trail(path).pick(**request_)
+
+
+def test_request_for_nothing_is_refused(path):
+    with pytest.raises(TrailError, match="min_compression, max_top1_drop, or both"):
+        Trail(path).pick()
+
+
+def test_no_trail_is_said(tmp_path):
+    with pytest.raises(TrailError, match="there is no trail in"):
+        Trail(tmp_path / "absent")
+
+
+def test_empty_trail_is_said(tmp_path):
+    Trail(tmp_path / "trail", create=True).close()
+    trail = Trail(tmp_path / "trail")
+    assert trail.entries == ()
+    with pytest.raises(TrailError, match="lacks the dense network"):
+        _ = trail.dense
+    with pytest.raises(TrailError, match="has no entry yet"):
+        trail.pick(min_compression=1)
+
+
+def test_broken_entry_is_named(path, tmp_path):
+    shutil.copytree(path, tmp_path / "trail")
+    (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text('{"epoch":')
+    with pytest.raises(TrailError, match=r"entry 2 of .* cannot be read"):
+        _ = Trail(tmp_path / "trail").entries
+    shutil.rmtree(tmp_path / "trail" / "3" / "network" / "d")
+    shutil.rmtree(tmp_path / "trail" / "3" / "network" / "ocdbt.process_0")
+    with pytest.raises(TrailError, match=r"the network in .*3/network cannot be read"):
+        Trail(tmp_path / "trail").restore(ENTRIES[3])
+
+
+def test_half_written_entry_is_no_entry(path, tmp_path):
+    shutil.copytree(path, tmp_path / "trail")
+    (tmp_path / "trail" / "4").rename(tmp_path / "trail" / "4.orbax-checkpoint-tmp")
+    assert Trail(tmp_path / "trail").epochs == (0, 1, 2, 3)
+    with pytest.raises(TrailError, match="opened to be read"):
+        Trail(tmp_path / "trail").save(ENTRIES[4], PARAMS, STATS)
+    trail = Trail(tmp_path / "trail", create=True)  # the writer clears it away, and can write it again
+    trail.save(ENTRIES[4], PARAMS, STATS)
+    trail.close()
+    assert sorted(p.name for p in (tmp_path / "trail").iterdir()) == ["0", "1", "2", "3", "4"]
+
+
+def test_unwritable_place_is_said(tmp_path):
+    trail = Trail(tmp_path / "trail", create=True)
+    shutil.rmtree(tmp_path / "trail")
+    (tmp_path / "trail").write_text("a file where the directory was")
+
+    def write():
+        trail.save(ENTRIES[0], PARAMS, STATS)
+        trail.wait()
+
+    with pytest.raises(TrailError, match="cannot write to"):
+        write()
+
+
+def abstract(tree):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def test_resume_keeps_the_latest_two_and_gives_back_every_bit(tmp_path):
+    state = {"w": jax.random.normal(jax.random.key(0), (5, 7)), "key": jax.random.key(3), "step": jnp.int32(0)}
+    resume = Resume(tmp_path / "resume")
+    assert resume.restore(abstract(state)) is None
+    for step in (1, 2, 3):
+        resume.save(step, state | {"step": jnp.int32(step)})
+    resume.close()
+    assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == ["2", "3"]
+    restored = Resume(tmp_path / "resume").restore(abstract(state))
+    assert restored is not None
+    np.testing.assert_array_equal(restored["w"], state["w"])
+    assert restored["step"] == 3
+    np.testing.assert_array_equal(jax.random.key_data(restored["key"]), jax.random.key_data(state["key"]))
+
+
+def test_broken_resume_state_gives_way_to_the_one_before(tmp_path, caplog):
+    state = {"w": jnp.ones((40, 50)), "step": jnp.int32(0)}
+    resume = Resume(tmp_path / "resume")
+    for step in (1, 2):
+        resume.save(step, state | {"step": jnp.int32(step)})
+    resume.close()
+    shutil.rmtree(tmp_path / "resume" / "2" / "state" / "ocdbt.process_0")
+    shutil.rmtree(tmp_path / "resume" / "2" / "state" / "d")
+    restored = Resume(tmp_path / "resume").restore(abstract(state))
+    assert restored is not None
+    assert restored["step"] == 1
+    assert "the state of step 2" in caplog.text
+
+
+def test_resume_state_of_another_run_is_refused(tmp_path):
+    resume = Resume(tmp_path / "resume")
+    resume.save(1, {"w": jnp.ones(3)})
+    resume.close()
+    with pytest.raises(TrailError, match="remove that directory to start over"):
+        Resume(tmp_path / "resume").restore(abstract({"other": jnp.ones(4)}))
+
+
+def test_network_by_itself(tmp_path):
+    save_network(tmp_path / "dense", PARAMS, {})
+    network = restore_network(tmp_path / "dense")
+    chex.assert_trees_all_equal(network, {"params": jax.device_get(PARAMS), "batch_stats": {}})
+    with pytest.raises(TrailError, match="there is no network in"):
+        restore_network(tmp_path / "absent")
+
+
+def test_entry_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ENTRIES[0].top1 = 1.0  # type: ignore[misc]
