@@ -1,0 +1,206 @@
+"""The network of inverted residual blocks that MobileNetV2, EfficientNet and MixNet share.
+
+A member of these families is a sequence of `Stage` rows, a stem and a head; see `mobilenet.py`, `efficientnet.py`
+and `mixnet.py` for the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from .layers import Activation, BatchNorm, Conv, Padding, StochasticDepth, global_average_pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A run of equal blocks; the first of them has the stride and the change of width.
+
+    Attributes:
+      number: names the blocks, `block{number}_{index}`; rows of the same number count on.
+      features: output channels.
+      repeats: how many blocks.
+      strides: of the first block.
+      expansion: hidden channels of a block over its input channels; 1 leaves the expansion out.
+      kernels: sizes of the depthwise kernels, each for an equal share of the hidden channels.
+      expand_groups, project_groups: groups of the 1x1 convolutions.
+      squeeze: channels of the squeeze-and-excitation bottleneck over the block's *input* channels; 0 for none.
+      activation: of the block's hidden layers.
+    """
+
+    number: int
+    features: int
+    repeats: int
+    strides: int
+    expansion: int
+    kernels: Sequence[int] = (3,)
+    expand_groups: int = 1
+    project_groups: int = 1
+    squeeze: float = 0.0
+    activation: Activation = nn.relu
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, or the one above where the nearest would lose more than a tenth."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def scale(stages: Sequence[Stage], width: float, depth: float = 1.0) -> tuple[Stage, ...]:
+    """Compound scaling: channels by `width`, rounded to multiples of 8, and repeats by `depth`, rounded up."""
+    return tuple(
+        dataclasses.replace(
+            stage, features=round_channels(stage.features * width), repeats=math.ceil(stage.repeats * depth)
+        )
+        for stage in stages
+    )
+
+
+def _split(channels: int, shares: int) -> list[int]:
+    """Equal shares of `channels`, the first taking what is left over."""
+    sizes = [channels // shares] * shares
+    sizes[0] += channels - sum(sizes)
+    return sizes
+
+
+class MixConvNorm(nn.Module):
+    """Convolutions side by side, each on its share of the channels (Tan and Le, arXiv 1907.09595), and batch norm.
+
+    One kernel size is an ordinary convolution, submodule `conv`; several are `conv_0`, `conv_1`, ...
+    """
+
+    features: int
+    kernels: Sequence[int]
+    strides: int = 1
+    depthwise: bool = False
+    activation: Activation | None = nn.relu
+    padding: Padding = "torch"
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shares = len(self.kernels)
+        inputs, outputs = _split(x.shape[-1], shares), _split(self.features, shares)
+        stops = [sum(inputs[: index + 1]) for index in range(shares - 1)]
+        parts = jnp.split(x, stops, axis=-1)
+        for index, kernel in enumerate(self.kernels):
+            conv = Conv(
+                outputs[index],
+                kernel,
+                self.strides,
+                padding=self.padding,
+                groups=inputs[index] if self.depthwise else 1,
+                dtype=self.dtype,
+                name="conv" if shares == 1 else f"conv_{index}",
+            )
+            parts[index] = conv(parts[index])
+        x = parts[0] if shares == 1 else jnp.concatenate(parts, axis=-1)
+        x = BatchNorm(self.epsilon, self.momentum, self.dtype, name="norm")(x, train)
+        return x if self.activation is None else self.activation(x)
+
+
+class SqueezeExcite(nn.Module):
+    """Rescales each channel by a function of all channels' means (Hu et al., arXiv 1709.01507)."""
+
+    features: int
+    activation: Activation
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        means = global_average_pool(x)
+        squeezed = self.activation(nn.Dense(self.features, dtype=self.dtype, name="reduce")(means))
+        gates = nn.sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype, name="expand")(squeezed))
+        return x * gates[:, None, None, :]
+
+
+class InvertedResidual(nn.Module):
+    """Expansion, depthwise convolution, squeeze-and-excitation and linear projection (Sandler et al., 1801.04381)."""
+
+    stage: Stage
+    strides: int
+    drop_rate: float
+    padding: Padding
+    epsilon: float
+    momentum: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        stage, inputs = self.stage, x.shape[-1]
+        conv_norm = functools.partial(
+            MixConvNorm, padding=self.padding, epsilon=self.epsilon, momentum=self.momentum, dtype=self.dtype
+        )
+        hidden = inputs * stage.expansion
+        y = x
+        if stage.expansion != 1:
+            y = conv_norm(hidden, (1,) * stage.expand_groups, activation=stage.activation, name="expand")(y, train)
+        y = conv_norm(
+            hidden, stage.kernels, self.strides, depthwise=True, activation=stage.activation, name="depthwise"
+        )(y, train)
+        if stage.squeeze:
+            y = SqueezeExcite(int(inputs * stage.squeeze), stage.activation, self.dtype, name="se")(y)
+        y = conv_norm(stage.features, (1,) * stage.project_groups, activation=None, name="project")(y, train)
+        if self.strides == 1 and inputs == stage.features:
+            y = x + StochasticDepth(self.drop_rate)(y, train)
+        return y
+
+
+class InvertedResidualNet(nn.Module):
+    """Stem, stages of inverted residual blocks, 1x1 convolution, average, dropout, dense head.
+
+    Maps float `[N, H, W, 3]` to float32 logits `[N, num_classes]`. Training draws dropout and stochastic depth from the
+    `dropout` stream; the rate of stochastic depth grows in equal steps from 0 at the first block.
+    """
+
+    num_classes: int
+    stages: Sequence[Stage]
+    stem_features: int
+    head_features: int
+    activation: Activation = nn.relu
+    dropout_rate: float = 0.2
+    drop_path_rate: float = 0.0
+    padding: Padding = "torch"
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        conv_norm = functools.partial(
+            MixConvNorm,
+            activation=self.activation,
+            padding=self.padding,
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            dtype=self.dtype,
+        )
+        x = conv_norm(self.stem_features, (3,), 2, name="stem")(images, train)
+        blocks = [(stage, index) for stage in self.stages for index in range(stage.repeats)]
+        counts: dict[int, int] = {}
+        for position, (stage, index) in enumerate(blocks):
+            number = counts[stage.number] = counts.get(stage.number, -1) + 1
+            block = InvertedResidual(
+                stage,
+                strides=stage.strides if index == 0 else 1,
+                drop_rate=self.drop_path_rate * position / len(blocks),
+                padding=self.padding,
+                epsilon=self.epsilon,
+                momentum=self.momentum,
+                dtype=self.dtype,
+                name=f"block{stage.number}_{number}",
+            )
+            x = block(x, train)
+        x = conv_norm(self.head_features, (1,), name="top")(x, train)
+        x = global_average_pool(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x.astype(jnp.float32))
