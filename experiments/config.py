@@ -1,0 +1,270 @@
+"""The typed configuration of a run, its command line, and its record in the working directory."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+C = TypeVar("C", bound="Config")
+
+
+class ConfigError(Exception):
+    """Options that cannot be carried out. The message says which, and what is accepted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training of the weights: SGD with momentum, warm-up, and a cosine to zero."""
+
+    epochs: int
+    """Passes over the training data."""
+    batch_size: int
+    """Images per step, over all devices."""
+    learning_rate: float
+    """The highest learning rate of the weights."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from zero."""
+    momentum: float = 0.9
+    """Of SGD, in Nesterov's form."""
+    weight_decay: float = 0.0
+    """L2 penalty on kernels; never on biases, normalisation or thresholds."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+
+    def check(self, name: str) -> None:
+        _require(self.epochs >= 1, f"--{name}.epochs", self.epochs, "at least 1")
+        _require(self.batch_size >= 1, f"--{name}.batch-size", self.batch_size, "at least 1")
+        _require(self.learning_rate > 0, f"--{name}.learning-rate", self.learning_rate, "more than 0")
+        _require(
+            0 <= self.warmup_epochs < self.epochs,
+            f"--{name}.warmup-epochs",
+            self.warmup_epochs,
+            "0 to less than epochs",
+        )
+        _require(0 <= self.momentum < 1, f"--{name}.momentum", self.momentum, "0 to less than 1")
+        _require(self.weight_decay >= 0, f"--{name}.weight-decay", self.weight_decay, "0 or more")
+        _require(0 <= self.label_smoothing < 1, f"--{name}.label-smoothing", self.label_smoothing, "0 to less than 1")
+
+
+TARGETS = ("target_compression", "target_density", "target_macs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LtpConfig:
+    """Learned Threshold Pruning, to a penalty or to a target."""
+
+    penalty: float | None = None
+    """λ·N: what keeping all prunable weights costs, in units of the loss; 20 if nothing is said and there is no target.
+    More prunes more, but how much is not the same from run to run."""
+    ramp: float = 1.0
+    """Share of the learning steps over which the penalty rises linearly from zero."""
+    learn: float = 0.5
+    """Share of the run in which thresholds are learned; then they are frozen while the network recovers."""
+    reach: float = 6.0
+    """How far a threshold can move while it is learned, in units of std(|w|); Adam's rate times the learning steps."""
+    t0: float | None = None
+    """Temperature in units of Var(|w|), eq. 15; 1e-3, or 1e-2 with a target, if nothing is said."""
+    target_compression: float | None = None
+    """Prunable weights over weights kept that the run is to reach, exactly. It takes the place of the penalty."""
+    target_density: float | None = None
+    """The same as a share of the prunable weights."""
+    target_macs: float | None = None
+    """The same as a compression of the multiply-accumulates of one image: weights count as often as they are used."""
+    prune: float = 0.2
+    """With a target: share of the run in which the density descends to it."""
+    select: float = 0.75
+    """With a target: share of the run after which the masks are fixed."""
+    exact_gradient: bool = False
+    """Differentiate the mask with respect to the weights, too, instead of eq. 14."""
+    l0_to_weights: bool = False
+    """Let the gradient of the L0 penalty reach the weights, too."""
+
+    def check(self) -> None:
+        _require(self.penalty is None or self.penalty >= 0, "--ltp.penalty", self.penalty, "0 or more")
+        _require(0 <= self.ramp <= 1, "--ltp.ramp", self.ramp, "0 to 1")
+        _require(0 < self.learn <= 1, "--ltp.learn", self.learn, "more than 0, at most 1")
+        _require(self.reach > 0, "--ltp.reach", self.reach, "more than 0")
+        _require(self.t0 is None or self.t0 > 0, "--ltp.t0", self.t0, "more than 0")
+        targets = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+        for name, value in targets.items():
+            flag = f"--ltp.{name.replace('_', '-')}"
+            if name == "target_density":
+                _require(0 < value < 1, flag, value, "more than 0, less than 1")
+            else:
+                _require(value > 1, flag, value, "more than 1")
+        given = [*targets, *(["penalty"] if self.penalty is not None else [])]
+        if len(given) > 1:
+            flags = [f"--ltp.{name.replace('_', '-')}" for name in given]
+            raise ConfigError(
+                f"{' and '.join(flags)} exclude each other; accepted is one of them. Take back one that is a default "
+                f"by {flags[0]}=None"
+            )
+        if targets and (self.exact_gradient or self.l0_to_weights):
+            raise ConfigError("--ltp.exact-gradient and --ltp.l0-to-weights go with a penalty, not with a target")
+        _require(0 < self.prune <= self.select, "--ltp.prune", self.prune, "more than 0, at most --ltp.select")
+        _require(self.select <= 1, "--ltp.select", self.select, "at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work."""
+
+    fsdp: int = 1
+    """Devices that each parameter is split over; 1 keeps the parameters whole on every device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Where the other processes of the job are; a cluster's environment says it where nothing is said here."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of the first process."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as lost and the others stop."""
+    initialization_timeout: int = 300
+    """Seconds to wait for all processes to start."""
+
+    def check(self) -> None:
+        name = "--distributed"
+        address = self.coordinator_address
+        _require(
+            address is None or re.fullmatch(r".+:\d+", address) is not None,
+            f"{name}.coordinator-address",
+            address,
+            "HOST:PORT",
+        )
+        processes, index = self.num_processes, self.process_id
+        _require(processes is None or processes >= 1, f"{name}.num-processes", processes, "at least 1")
+        _require(
+            index is None or processes is None or 0 <= index < processes,
+            f"{name}.process-id",
+            index,
+            "0 to less than --distributed.num-processes",
+        )
+        _require(self.heartbeat_timeout >= 1, f"{name}.heartbeat-timeout", self.heartbeat_timeout, "at least 1")
+        timeout = self.initialization_timeout
+        _require(timeout >= 1, f"{name}.initialization-timeout", timeout, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The options that every experiment has."""
+
+    arch: str
+    """The network."""
+    workdir: Path
+    """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt."""
+    data_dir: str | None = None
+    """Where TFDS finds its datasets; its own default if nothing is said."""
+    dense: Path | None = None
+    """A trained dense network to prune: the dense/ of another run. Trained here first if nothing is said."""
+    seed: int = 0
+    """Of initialisation, data order, augmentation and dropout."""
+    tensorboard: bool = False
+    """Write TensorBoard files to tensorboard/ as well."""
+    pretrain: TrainConfig
+    """Training of the dense network."""
+    train: TrainConfig
+    """Training while pruning."""
+    ltp: LtpConfig = LtpConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        _require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
+        self.pretrain.check("pretrain")
+        self.train.check("train")
+        self.ltp.check()
+        self.distributed.check()
+
+
+def _require(condition: bool, flag: str, value: Any, accepted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{flag} is {value}; accepted is {accepted}")
+
+
+def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None = None) -> C:
+    """The configuration that a command line asks for.
+
+    Args:
+      presets: the defaults for each network, by its name; the first is the default network.
+      description: what ``--help`` says first.
+      argv: the words of the command; those of this process if nothing is said.
+
+    Raises:
+      ConfigError: for an impossible value.
+      SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # The network decides the other defaults, so it is looked up first; tyro then judges every word.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--arch", nargs="?")
+    arch = first.parse_known_args(argv)[0].arch
+    default = presets.get(arch, next(iter(presets.values())))
+    prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
+    config = tyro.cli(type(default), prog=prog, default=default, args=list(argv), description=description)
+    config.check()
+    return config
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts of JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def record(config: Config, *, write: bool = True) -> None:
+    """Writes the configuration to the working directory, or checks that it is the one that is there.
+
+    A run goes on only with the options that it began with; where data lie, what is shown, and how many processes and
+    devices share the work may change.
+
+    Args:
+      config: the options.
+      write: whether this process writes the file, as one of a job does; all of them check it.
+
+    Raises:
+      ConfigError: if the directory holds a run with other options, naming them.
+    """
+    path = config.workdir / "config.json"
+    new = to_json(config)
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); remove it or choose another --workdir") from error
+        free = {"workdir", "data_dir", "tensorboard", "mesh.fsdp"}
+        old_items, new_items = _flat(old), _flat(new)
+        changed = [
+            f"--{key.replace('_', '-')} was {old_items.get(key, 'absent')}, is {new_items.get(key, 'absent')}"
+            for key in dict.fromkeys([*old_items, *new_items])
+            if key not in free and not key.startswith("distributed.") and old_items.get(key) != new_items.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
+                "Choose another --workdir, or the same options to go on with that run"
+            )
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    if not write:
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    items = {}
+    for key, value in tree.items():
+        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items

@@ -1,0 +1,184 @@
+"""What a run tells: lines to the terminal and the log file, a progress bar, and figures to JSONL and TensorBoard."""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.config import ConfigError
+from experiments.data import DataError
+from experiments.distributed import START_AGAIN, Preempted, is_lost_process, nobody_waits
+from ltp_jax.trail import TrailError
+
+log = logging.getLogger("experiments")
+
+
+class RunError(Exception):
+    """A run that cannot go on. The message says why and what to do."""
+
+
+def start_logging(workdir: Path, console: Console) -> None:
+    """Sends the log to ``log.txt`` in the working directory, and, from the first process, to the terminal."""
+    process = jax.process_index()
+    file = logging.FileHandler(workdir / ("log.txt" if process == 0 else f"log-{process}.txt"))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    if process == 0:
+        handlers.append(
+            RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")
+            if console.is_terminal
+            else logging.StreamHandler(console.file)
+        )
+    for name in ("experiments", "ltp_jax"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        _replace_handlers(logger, handlers)
+        logger.propagate = False
+    # What Orbax says of its background threads belongs in the file: the user gets one message of ours.
+    orbax = logging.getLogger("absl")
+    _replace_handlers(orbax, [file])
+    orbax.propagate = False
+
+
+def _replace_handlers(logger: logging.Logger, handlers: list[logging.Handler]) -> None:
+    """Gives a logger these handlers. The file of the run before it in this process is closed."""
+    for old in logger.handlers:
+        if isinstance(old, logging.FileHandler):
+            old.close()
+    logger.handlers = list(handlers)
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, title: str, total: int, done: int, images: int) -> Iterator[Callable[[], None]]:
+    """A bar with rate and time left on a terminal; nothing elsewhere, nor on any process but the first.
+
+    Yields the function to call after every step of ``images`` images.
+    """
+    if not console.is_terminal or jax.process_index() != 0:
+        yield lambda: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total, completed=done, rate="")
+        start, steps = time.monotonic(), 0
+
+        def advance() -> None:
+            nonlocal steps
+            steps += 1
+            rate = steps * images / max(time.monotonic() - start, 1e-9)
+            progress.update(task, advance=1, rate=f"{rate:,.0f} images/s")
+
+        yield advance
+
+
+class MetricsWriter:
+    """Figures of a run as lines of JSON, and as TensorBoard files if asked. The first process writes; others do not.
+
+    Args:
+      workdir: where ``metrics.jsonl`` and ``tensorboard/`` are.
+      tensorboard: write TensorBoard files too.
+
+    Raises:
+      RunError: if TensorBoard files are asked for and tensorboardX is not installed.
+    """
+
+    def __init__(self, workdir: Path, tensorboard: bool):
+        self._path = workdir / "metrics.jsonl"
+        self._board = None
+        self._told: set[tuple[str, str, int]] = set()
+        if jax.process_index() != 0:
+            self._path = None
+        elif tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise RunError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from error
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops the lines of a stage behind a step: those of an interrupted run that are about to come again.
+
+        What is told again of the step itself is not written again.
+        """
+        if self._path is None or not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut off when the run was
+                row = json.loads(line)
+                if row["stage"] != stage or row["step"] <= step:
+                    kept.append(line)
+                    self._told.add((row["stage"], row["kind"], row["step"]))
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self._path)
+
+    def write(self, stage: str, kind: str, step: int, figures: Mapping[str, Any]) -> None:
+        """Adds a line: the stage of the run, ``"train"`` or ``"entry"``, the step, and the figures."""
+        if self._path is None or (stage, kind, step) in self._told:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"stage": stage, "kind": kind, "step": step} | dict(figures)) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self._board is not None:
+            self._board.close()
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command and ends the process: a user's mistake becomes one message on stderr and a non-zero exit.
+
+    A run that was asked to stop, or lost one of its processes, exits with ``START_AGAIN``.
+    """
+    try:
+        with nobody_waits(explain):
+            main()
+        code = 0
+    except Preempted as notice:
+        log.info("%s", notice)
+        code = START_AGAIN
+    except (ConfigError, DataError, TrailError, RunError, OSError) as error:
+        message, code = explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        log.debug("stopped", exc_info=True)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to tell the user of an error, and the exit code of the process."""
+    if isinstance(error, ConfigError):
+        return str(error), 2
+    if is_lost_process(error) or is_lost_process(error.__cause__):
+        return (
+            "another process of this job is gone; start all of them again with the same command, and the run goes on "
+            "from the last saved state",
+            START_AGAIN,
+        )
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 1
+    if isinstance(error, DataError | TrailError | RunError):
+        return str(error), 1
+    return f"{type(error).__name__}: {error}", 1

@@ -1,0 +1,309 @@
+"""What a run would do and cost, without data and without an accelerator."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+import ltp_jax as ltp
+from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, compile_step
+from experiments.chips import Topology
+from experiments.chips import topology as find_topology
+from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
+from experiments.console import RunError
+from experiments.run import weights_optimizer
+from ltp_jax import models
+from ltp_jax.costs import uses_per_input
+from ltp_jax.pruner import dense
+from ltp_jax.training import create_state
+
+IMAGENET_TRAIN_SIZE = 1_281_167
+
+
+class DryRunConfig(Protocol):
+    """The options that a dry run looks at."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def workdir(self) -> Path: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def ltp(self) -> LtpConfig: ...
+    @property
+    def mesh(self) -> MeshConfig: ...
+    @property
+    def image_size(self) -> int | None: ...
+    @property
+    def topology(self) -> str | None: ...
+
+
+def report(
+    config: DryRunConfig,
+    module: nn.Module,
+    *,
+    image_size: int | None = None,
+    train_size: int = IMAGENET_TRAIN_SIZE,
+    timeout: float = 3600.0,
+) -> dict[str, Any]:
+    """Prints what the run would do, and writes it to ``dry_run.json`` in the working directory.
+
+    Args:
+      config: the options; with a topology, the training step is compiled for that slice, pruning and dense.
+      module: the network, in the compute dtype of the run.
+      image_size: side of the images in pixels; if nothing is said, that of the options, or of the network.
+      train_size: images of an epoch.
+      timeout: seconds that each compilation may take.
+
+    Returns:
+      What is written: the facts of the run, and ``ltp`` and ``dense``, the compiler's figures, if there is a topology.
+
+    Raises:
+      ConfigError: for an unknown topology, or a batch that the chips cannot share or hold.
+      RunError: if the step cannot be compiled.
+    """
+    started = time.time()
+    console = Console()
+    topology = None if config.topology is None else find_topology(config.topology)
+    devices = jax.device_count() if topology is None else topology.chips
+    train = TrainConfig(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainConfig)})
+    _check_batch(train, config.mesh, devices)
+    spec = models.spec(config.arch)
+    size = image_size or config.image_size or spec.input_size
+    shape = (size, size, spec.channels)
+
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    plan = ltp.plan(variables["params"])
+    facts = _facts(module, variables, plan, train, config.mesh, image, devices, train_size)
+    console.print(str(plan), highlight=False, soft_wrap=True)
+    console.print(_facts_table(config.arch, facts, devices, topology))
+    found: dict[str, Any] = {"arch": config.arch, "topology": config.topology, "devices": devices, **facts}
+    if topology is not None:
+        step = Step(
+            module=module,
+            train=train,
+            ltp=config.ltp,
+            image_shape=shape,
+            train_size=train_size,
+            fsdp=config.mesh.fsdp,
+            topology=topology.name,
+        )
+        for name, method in (("ltp", config.ltp), ("dense", None)):
+            console.print(f"compiling the {name} step for {topology.name}, which may take minutes …", highlight=False)
+            figures = _compile(dataclasses.replace(step, ltp=method), topology, facts, timeout)
+            found[name] = dataclasses.asdict(figures) | roofline(figures, topology, train.batch_size, train_size)
+        console.print(_figures_table(found, topology))
+    found["seconds"] = round(time.time() - started, 1)
+    path = config.workdir / "dry_run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"written to {path}", highlight=False)
+    return found
+
+
+def roofline(figures: Figures, topology: Topology, batch_size: int, train_size: int) -> dict[str, Any]:
+    """How fast a step can be at best, by a chip's published peaks: as slow as the slowest of its three resources.
+
+    Collectives are taken as rings: a chip sends and receives twice what it reduces, less its own part.
+
+    Returns:
+      ``seconds`` by resource and of the step, ``images_per_second`` of the slice, and ``epoch_seconds``.
+    """
+    chip, n = topology.chip, topology.chips
+    sent = sum(row.bytes * (2 if kind == "all-reduce" else 1) for kind, row in figures.collectives.items())
+    seconds = {
+        "compute_seconds": figures.flops / chip.flops,
+        "memory_seconds": figures.bytes_accessed / chip.bandwidth,
+        "interconnect_seconds": sent * (n - 1) / n / chip.interconnect,
+    }
+    step = max(seconds.values())
+    return {
+        **seconds,
+        "step_seconds": step,
+        "images_per_second": batch_size / step,
+        "epoch_seconds": (train_size // batch_size) * step,
+    }
+
+
+def activation_bytes(module: nn.Module, image: jax.ShapeDtypeStruct) -> int:
+    """An estimate of the bytes that a training step keeps of one image for its backward pass.
+
+    It counts what goes into each convolution and dense layer and what comes out of it; the rest a compiler computes
+    again from these. By the TPU compiler's figures it is 0 to 30 % too much.
+    """
+    inputs: dict[int, Any] = {}
+    outputs: list[Any] = []
+
+    def watch(next_method, args, kwargs, context):
+        output = next_method(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
+            inputs[id(args[0])] = args[0]  # kept, so that no later array has the same id
+            outputs.append(output)
+        return output
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    width = jnp.dtype(getattr(module, "dtype", jnp.float32)).itemsize
+    return width * sum(math.prod(array.shape) for array in (*inputs.values(), *outputs))
+
+
+def _check_batch(train: TrainConfig, mesh: MeshConfig, devices: int) -> None:
+    if devices % mesh.fsdp:
+        raise ConfigError(f"--mesh.fsdp is {mesh.fsdp}; accepted are divisors of the {devices} devices")
+    if train.batch_size % devices:
+        raise ConfigError(f"--train.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices")
+
+
+def _facts(
+    module: nn.Module,
+    variables: Any,
+    plan: ltp.Plan,
+    train: TrainConfig,
+    mesh: MeshConfig,
+    image: jax.ShapeDtypeStruct,
+    devices: int,
+    train_size: int,
+) -> dict[str, Any]:
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    optimizer = weights_optimizer(train, 1)
+    state = jax.eval_shape(lambda p, s: create_state(p, s, optimizer, dense(), jax.random.key(0)), params, batch_stats)
+    uses = uses_per_input(module, image, plan, train=False)
+    sizes = {tensor.path: tensor.size for tensor in plan.tensors}
+    state_bytes, parameter_bytes = _bytes(state), _bytes(params)
+    images = train.batch_size // devices
+    kept = plan.prunable / 10
+    bits = 32 * kept + _entropy_bits(plan.prunable, kept) + 8 * (parameter_bytes - 4 * plan.prunable)
+    return {
+        "parameters": sum(sizes.values()),
+        "prunable": plan.prunable,
+        "macs": round(sum(uses[path] * sizes[path] for path in plan.paths)),
+        "batch_size": train.batch_size,
+        "images_per_device": images,
+        "steps_per_epoch": train_size // train.batch_size,
+        "epochs": train.epochs,
+        "state_bytes": state_bytes,
+        # The gradients are as large as the parameters.
+        "predicted_bytes": round((state_bytes + parameter_bytes) / mesh.fsdp)
+        + images * (activation_bytes(module, image) + math.prod(image.shape)),
+        "entry_bytes": _bytes(variables),
+        "entry_bytes_10x": round(bits / 8) + _bytes(batch_stats),
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _entropy_bits(n: int, kept: float) -> float:
+    """The least bits that say which ``kept`` of ``n`` weights are not zero."""
+    p = kept / n
+    return n * (-p * math.log2(p) - (1 - p) * math.log2(1 - p))
+
+
+def _compile(step: Step, topology: Topology, facts: dict[str, Any], timeout: float) -> Figures:
+    try:
+        return compile_step(step, timeout)
+    except DoesNotFit as error:
+        largest = _largest_batch(step, topology, facts, error, timeout)
+        raise ConfigError(
+            f"--train.batch-size is {step.train.batch_size}, which does not fit into the "
+            f"{topology.chip.memory / 2**30:.0f} GiB of a {topology.chip.name} chip on {topology.name}; {largest}"
+        ) from error
+    except CompileError as error:
+        raise RunError(f"{topology.name}: {error}") from error
+
+
+def _largest_batch(step: Step, topology: Topology, facts: dict[str, Any], error: DoesNotFit, timeout: float) -> str:
+    """The largest batch that compiles, in steps of eight images a chip where there are so many.
+
+    From where memory in proportion to the batch would be used up, it goes in ever longer strides to where the answer
+    changes, and halves what lies between.
+    """
+    fixed = facts["state_bytes"] / step.fsdp
+    needed = error.needed or facts["predicted_bytes"]
+    images = facts["images_per_device"]
+    unit = 8 if images > 8 else 1
+    share = max(topology.chip.memory - fixed, 0) / max(needed - fixed, 1)
+    low, high = 0, -(-images // unit)  # the one fits, the other does not
+    guess, stride = int(images * share) // unit, 1
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        batch = guess * unit * topology.chips
+        try:
+            compile_step(dataclasses.replace(step, train=dataclasses.replace(step.train, batch_size=batch)), timeout)
+            low, guess = guess, guess + stride
+        except DoesNotFit:
+            high, guess = guess, guess - stride
+        except CompileError as other:
+            return f"about {batch} may, but that could not be compiled ({other})"
+        stride *= 2
+        if low and high < -(-images // unit):
+            guess = (low + high) // 2
+    if not low:
+        return f"not even {unit * topology.chips} does; --mesh.fsdp splits the parameters over chips"
+    return f"the largest that does, in steps of {unit * topology.chips}, is {low * unit * topology.chips}"
+
+
+def _facts_table(arch: str, facts: dict[str, Any], devices: int, topology: Topology | None) -> Table:
+    table = Table(title=f"dry run: {arch}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    of = "" if topology is None else f" of {topology.chip.memory / 2**30:.0f} GiB"
+    rows = {
+        "parameters": f"{facts['parameters']:,}",
+        "of which prunable": f"{facts['prunable']:,}",
+        "multiply-accumulates of the dense network, one image": f"{facts['macs']:,}",
+        "devices": f"{devices}",
+        "images a step, and on each device": f"{facts['batch_size']:,}, {facts['images_per_device']:,}",
+        "predicted memory of each device (estimate)": f"{facts['predicted_bytes'] / 2**30:.2f} GiB{of}",
+        "steps of an epoch": f"{facts['steps_per_epoch']:,}",
+        "epochs": f"{facts['epochs']}",
+        "trail entry, uncompressed": f"{facts['entry_bytes'] / 1e6:.1f} MB",
+        "trail entry, at 10× and by entropy": f"{facts['entry_bytes_10x'] / 1e6:.1f} MB",
+        "trail of the run, at most": f"{(facts['epochs'] + 1) * facts['entry_bytes'] / 1e9:.2f} GB",
+        "resume states, two": f"{2 * facts['state_bytes'] / 1e9:.2f} GB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _figures_table(found: dict[str, Any], topology: Topology) -> Table:
+    table = Table(title=f"{topology.name}: the compiler's figures for each chip and step; nothing was run")
+    for name in ("", "LTP", "dense", "LTP / dense"):
+        table.add_column(name, justify="right" if name else "left")
+    pruning, plain = found["ltp"], found["dense"]
+
+    def row(name: str, key: str, unit: float, form: str = ",.2f") -> None:
+        a, b = pruning[key], plain[key]
+        table.add_row(name, f"{a / unit:{form}}", f"{b / unit:{form}}", f"{a / b:.4f}" if b else "")
+
+    row("GFLOP", "flops", 1e9)
+    row("GB accessed", "bytes_accessed", 1e9)
+    row(f"peak GiB, of {topology.chip.memory / 2**30:.0f}", "peak_bytes", 2**30)
+    for kind in dict.fromkeys([*pruning["collectives"], *plain["collectives"]]):
+        a, b = (side["collectives"].get(kind, {"count": 0, "bytes": 0}) for side in (pruning, plain))
+        table.add_row(f"{kind}: count", f"{a['count']}", f"{b['count']}", "")
+        table.add_row(f"{kind}: MB", f"{a['bytes'] / 1e6:.2f}", f"{b['bytes'] / 1e6:.2f}", "")
+    row("compile time, s", "compile_seconds", 1, ".0f")
+    row("roofline, compute, ms", "compute_seconds", 1e-3)
+    row("roofline, memory, ms", "memory_seconds", 1e-3)
+    row("roofline, interconnect, ms", "interconnect_seconds", 1e-3)
+    row("roofline, step, ms", "step_seconds", 1e-3)
+    row("images/s of the slice, at most", "images_per_second", 1, ",.0f")
+    row("epoch, s, at least", "epoch_seconds", 1, ",.1f")
+    return table

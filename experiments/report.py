@@ -1,0 +1,144 @@
+"""The report of a run: figures and a table made from its trail."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ltp_jax.target import FIXED_THRESHOLD
+from ltp_jax.trail import Entry, Trail, pareto
+
+
+def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
+    """Writes the figures and the table of a trail.
+
+    Returns:
+      The files: ``accuracy``, ``density`` and ``thresholds`` (PNG), ``table`` (Markdown), and ``figures``, the
+      entries as JSON.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = trail.entries
+    paths = {name: directory / f"{name}.png" for name in ("accuracy", "density", "thresholds")}
+    draw_accuracy(entries, paths["accuracy"], title)
+    draw_layers(
+        entries, [e.densities for e in entries], paths["density"], f"{title}: density per layer", "kept weights"
+    )
+    draw_layers(
+        entries[1:],
+        # Fixed masks need no threshold; the lines end where they are fixed.
+        [
+            {path: tau**0.5 if tau > 10 * FIXED_THRESHOLD else math.nan for path, tau in e.thresholds.items()}
+            for e in entries[1:]
+        ],
+        paths["thresholds"],
+        f"{title}: thresholds while they are learned",
+        "smallest |w| that is kept, √τ",
+    )
+    paths["table"] = directory / "trail.md"
+    paths["table"].write_text(markdown(entries, title))
+    paths["figures"] = directory / "trail.json"
+    rows = [dataclasses.asdict(e) | {"gap": e.gap} for e in entries]
+    paths["figures"].write_text(json.dumps({"title": title, "entries": rows}, indent=1) + "\n")
+    return paths
+
+
+def markdown(entries: Sequence[Entry], title: str) -> str:
+    """The trail as a Markdown table, with the figures beside it."""
+    front = {entry.epoch for entry in pareto(tuple(entries))}
+    dense = entries[0].top1
+    lines = [
+        f"# {title}",
+        "",
+        "Held-out accuracy of the hard-pruned networks. The gap is what top-1 loses when soft masks become hard;",
+        "an entry is on the Pareto front (*) when no other is both sparser and more accurate.",
+        "",
+        "| epoch | compression | density | top-1 % | below dense | top-5 % | loss | gap | |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|:-:|",
+    ]
+    lines += [
+        f"| {e.epoch} | {e.compression:.2f}× | {e.density:.2%} | {e.top1:.2f} | {dense - e.top1:+.2f} | {e.top5:.2f} "
+        f"| {e.loss:.4f} | {e.gap:+.2f} | {'*' if e.epoch in front else ''} |"
+        for e in entries
+    ]
+    lines += ["", *(f"![{name}]({name}.png)" for name in ("accuracy", "density", "thresholds")), ""]
+    return "\n".join(lines)
+
+
+def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
+    """Top-1 against compression: every entry, the Pareto set joined by a line, and the dense network's level."""
+    figure, axes = _figure()
+    dense = entries[0].top1
+    front = pareto(tuple(entries))
+    axes.axhline(dense, color="0.4", linestyle="--", linewidth=1, label=f"dense, {dense:.2f} %")
+    axes.axhline(dense - 1, color="0.7", linestyle=":", linewidth=1, label="one point below")
+    points = axes.scatter(
+        [e.compression for e in entries],
+        [e.top1 for e in entries],
+        c=[e.epoch for e in entries],
+        cmap="viridis",
+        s=22,
+        zorder=3,
+    )
+    axes.plot(
+        [e.compression for e in front], [e.top1 for e in front], color="tab:red", linewidth=1.2, label="Pareto set"
+    )
+    figure.colorbar(points, ax=axes, label="epoch")
+    _compression_axis(axes)
+    # A network that has not recovered yet may be far below; it must not flatten the rest of the picture.
+    floor = max(min(e.top1 for e in entries), dense - 12)
+    margin = 0.08 * (max(e.top1 for e in entries) - floor) + 0.05
+    axes.set_ylim(floor - margin, max(e.top1 for e in entries) + margin)
+    axes.set_ylabel("held-out top-1, %")
+    axes.set_title(title)
+    axes.legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_layers(
+    entries: Sequence[Entry], values: Sequence[dict[str, float]], path: Path, title: str, label: str
+) -> None:
+    """One line per layer over the epochs, coloured from the first layer to the last."""
+    figure, axes = _figure()
+    layers = list(values[0]) if values else []
+    for i, layer in enumerate(layers):
+        color = colormaps["plasma"](0.9 * i / max(len(layers) - 1, 1))
+        axes.plot([e.epoch for e in entries], [v[layer] for v in values], color=color, linewidth=1.2, label=layer)
+    if any(v > 0 for row in values for v in row.values()):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    if len(layers) <= 12:
+        axes.legend(fontsize=7, loc="best")
+    else:
+        axes.text(
+            1.01,
+            0.5,
+            f"{len(layers)} layers,\nfirst dark,\nlast bright",
+            transform=axes.transAxes,
+            fontsize=8,
+            va="center",
+        )
+    figure.savefig(path, dpi=120)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _compression_axis(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.set_xlabel("compression: prunable weights / weights kept")

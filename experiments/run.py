@@ -1,0 +1,455 @@
+"""A whole run: train a dense network or take one, prune it epoch by epoch into a trail, and report."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import ltp_jax as ltp
+from experiments import distributed, report
+from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, record
+from experiments.console import MetricsWriter, RunError, explain, log, progress_bar, start_logging
+from experiments.data import Dataset
+from ltp_jax.adapters import linen_apply
+from ltp_jax.costs import uses_per_input
+from ltp_jax.pruner import Pruner, dense, learned_thresholds
+from ltp_jax.sharding import batch_sharding, global_batch, make_mesh, replicated, state_sharding
+from ltp_jax.target import target_density
+from ltp_jax.trail import Entry, Resume, Trail, TrailError, restore_network, save_network
+from ltp_jax.training import (
+    Apply,
+    TrainState,
+    create_state,
+    cross_entropy,
+    make_eval_step,
+    make_train_step,
+    zero_totals,
+)
+
+LOG_EVERY = 50  # steps between two looks at the loss, which cost a wait for the device
+
+
+class Start(NamedTuple):
+    """What a run begins from when it has no dense network of its own yet.
+
+    Attributes:
+      params: parameters, arrays of any kind.
+      batch_stats: batch statistics, or an empty dict.
+      trained: whether this is the dense network already, or is to be trained into it.
+      expected_top1: what its publisher measured on this dataset, in percent, if that is known.
+    """
+
+    params: Any
+    batch_stats: Any
+    trained: bool
+    expected_top1: float | None = None
+
+
+def run(config: Config, module: nn.Module, dataset: Dataset, start: Callable[[], Start] | None = None) -> Trail:
+    """Carries out the configuration, from wherever an earlier start of the same command left it.
+
+    Args:
+      config: what to do.
+      module: the network; takes normalised images and ``train``.
+      dataset: what it learns.
+      start: gives what to begin from; asked only if there is no dense network yet. A random start without it.
+
+    Returns:
+      The finished trail.
+
+    Raises:
+      Preempted: if a process was asked to stop, after the state was saved.
+    """
+    record(config, write=jax.process_index() == 0)
+    console = Console()
+    start_logging(config.workdir, console)
+    if jax.process_count() > 1:
+        log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+    metrics = MetricsWriter(config.workdir, config.tensorboard)
+    with distributed.preemption_notice() as preempted:
+        job = Job(config, module, dataset, start, metrics, console, preempted)
+        params, batch_stats = job.dense_network()
+        trail = job.prune(params, batch_stats)
+    metrics.close()
+    if jax.process_index() == 0:
+        console.print(trail_table(trail))
+        paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
+        log.info("report: %s", paths["table"])
+    return trail
+
+
+def weights_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum, warm-up and cosine; weight decay on tensors of two and more dimensions."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_epochs else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        decay_steps=config.epochs * steps_per_epoch,
+    )
+    sgd = optax.sgd(schedule, momentum=config.momentum, nesterov=True)
+    if not config.weight_decay:
+        return sgd
+    decay = optax.add_decayed_weights(
+        config.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    )
+    return optax.chain(decay, sgd)
+
+
+def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[], dict[str, float]]) -> Pruner:
+    """LTP as the options have it: to a penalty with a linear ramp and Adam for the thresholds, or to a target.
+
+    Args:
+      config: the options.
+      plan: which tensors are pruned.
+      steps: training steps of the run.
+      uses: gives the uses of each weight for one image, by path; asked for a target of multiply-accumulates alone.
+
+    Raises:
+      ConfigError: if the target leaves less than one weight to each tensor.
+    """
+    targets = (config.target_density, config.target_compression, config.target_macs)
+    density, compression, macs = targets
+    if any(target is not None for target in targets):
+        prune_steps = max(round(config.prune * steps), 1)
+        try:
+            return target_density(
+                plan,
+                1 / (compression or macs or 1) if density is None else density,
+                prune_steps=prune_steps,
+                select_steps=max(round(config.select * steps), prune_steps),
+                t0=1e-2 if config.t0 is None else config.t0,
+                costs=None if macs is None else uses(),
+            )
+        except ValueError as error:
+            raise ConfigError(f"the target of --ltp cannot be met: {error}") from error
+    penalty = 20.0 if config.penalty is None else config.penalty
+    learn_steps = max(round(config.learn * steps), 1)
+    ramp_steps = round(config.ramp * learn_steps)
+    return learned_thresholds(
+        plan,
+        optax.linear_schedule(0.0, penalty, ramp_steps) if ramp_steps else optax.constant_schedule(penalty),
+        optax.adam(config.reach / learn_steps),
+        learn_steps=learn_steps,
+        t0=1e-3 if config.t0 is None else config.t0,
+        exact_gradient=config.exact_gradient,
+        l0_to_weights=config.l0_to_weights,
+    )
+
+
+class Job:
+    """What the stages of a run share: network, data, devices, and where to write."""
+
+    def __init__(
+        self,
+        config: Config,
+        module: nn.Module,
+        dataset: Dataset,
+        start: Callable[[], Start] | None,
+        metrics: MetricsWriter,
+        console: Console,
+        preempted: Callable[[], bool],
+    ):
+        self.config = config
+        self.dataset = dataset
+        self.start = start
+        self.metrics = metrics
+        self.console = console
+        self.preempted = preempted
+        try:
+            self.mesh = make_mesh(config.mesh.fsdp)
+        except ValueError as error:
+            raise ConfigError(f"--mesh.fsdp: {error}") from error
+        self._check_batch("train", config.train.batch_size)
+        self.module = module
+        mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+        self.apply: Apply = linen_apply(module, lambda images: (images.astype(jnp.float32) - mean) / std)
+        self.eval_step = jax.jit(make_eval_step(self.apply), out_shardings=replicated(self.mesh))
+
+    def dense_network(self) -> tuple[Any, Any]:
+        """Parameters and batch statistics of the dense network: given, trained before, or trained now."""
+        config = self.config
+        own = config.workdir / "dense"
+        if config.dense is None:
+            if not own.is_dir():
+                start = None if self.start is None else self.start()
+                if start is not None:
+                    check_network(start._asdict(), jax.eval_shape(self._init_network), config.workdir, config.arch)
+                if start is not None and start.trained:
+                    self._take(start, own)
+                else:
+                    self._pretrain(own, start)
+            if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
+                for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
+                    shutil.rmtree(stale, ignore_errors=True)
+        path = config.dense or own
+        network = restore_network(path)
+        check_network(network, jax.eval_shape(self._init_network), path, config.arch)
+        log.info("dense network: %s", path)
+        return network["params"], network["batch_stats"]
+
+    def _take(self, start: Start, path: Path) -> None:
+        """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
+        params, batch_stats = jax.device_put((start.params, start.batch_stats), replicated(self.mesh))
+        if start.expected_top1 is not None:
+            top1 = self._evaluate(params, batch_stats)["top1"]
+            if top1 < start.expected_top1 - 1:
+                log.warning(
+                    "the dense network has %.2f %% top-1 where %.2f %% was published for these weights: check that the "
+                    "weights, --origin and the data belong together before you let this run go on",
+                    top1,
+                    start.expected_top1,
+                )
+        save_network(path, params, batch_stats)
+
+    def _check_batch(self, stage: str, batch_size: int) -> None:
+        images, devices = self.dataset.train_size, jax.device_count()
+        if batch_size > images:
+            raise ConfigError(f"--{stage}.batch-size is {batch_size}; {self.dataset.name} has {images} images")
+        if batch_size % devices:
+            raise ConfigError(f"--{stage}.batch-size is {batch_size}; accepted are multiples of the {devices} devices")
+
+    def _pretrain(self, path: Path, start: Start | None) -> None:
+        """Trains the dense network and writes it."""
+        self._check_batch("pretrain", self.config.pretrain.batch_size)
+        config = self.config.pretrain
+        optimizer = weights_optimizer(config, self.dataset.train_size // config.batch_size)
+        # What was begun in the background is finished, whatever ends the stage.
+        with (
+            contextlib.closing(Resume(self.config.workdir / "pretrain")) as resume,
+            distributed.nobody_waits(explain),
+        ):
+            state = self._fit(
+                "pretrain",
+                config,
+                dense(),
+                optimizer,
+                None if start is None else {"params": start.params, "batch_stats": start.batch_stats},
+                resume,
+                keep=lambda state, epoch: None,
+                settle=lambda: None,
+            )
+            save_network(path, state.params, state.batch_stats)
+
+    def prune(self, params: Any, batch_stats: Any) -> Trail:
+        """Prunes a dense network; each epoch's network is an entry of the trail."""
+        config = self.config
+        steps_per_epoch = self.dataset.train_size // config.train.batch_size
+        plan = ltp.plan(params)
+        log.info("plan:\n%s", plan)
+        images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32)
+        pruner = ltp_pruner(
+            config.ltp,
+            plan,
+            config.train.epochs * steps_per_epoch,
+            lambda: uses_per_input(self.module, images, plan, train=False),
+        )
+        optimizer = weights_optimizer(config.train, steps_per_epoch)
+        harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
+        count = jax.jit(
+            lambda hard: {path: jnp.count_nonzero(w) for path, w in ltp.named_leaves(hard) if path in plan.paths},
+            out_shardings=replicated(self.mesh),
+        )
+
+        def keep(trail: Trail, state: TrainState, epoch: int) -> None:
+            if epoch in trail.epochs:  # written by a start of this run that ended before it saved its state
+                entry = next(entry for entry in trail.entries if entry.epoch == epoch)
+                self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
+                return
+            hard = harden(state.params, state.pruning)
+            soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
+            figures = self._evaluate(hard, state.batch_stats)
+            soft_figures = self._evaluate(soft, state.batch_stats)
+            kept = {path: int(n) for path, n in jax.device_get(count(hard)).items()}
+            sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
+            totals = jax.device_get(state.totals)
+            entry = Entry(
+                epoch=epoch,
+                step=int(state.step),
+                compression=plan.prunable / max(sum(kept.values()), 1),
+                density=sum(kept.values()) / plan.prunable,
+                densities={path: kept[path] / sizes[path] for path in plan.paths},
+                thresholds={path: float(tau) for path, tau in state.pruning.thresholds.items()},
+                top1=figures["top1"],
+                top5=figures["top5"],
+                loss=figures["loss"],
+                soft_top1=soft_figures["top1"],
+                soft_top5=soft_figures["top5"],
+                soft_loss=soft_figures["loss"],
+                train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
+            )
+            trail.save(entry, hard, state.batch_stats)
+            self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
+            log.info("%s (soft %.2f %%)", entry, entry.soft_top1)
+
+        with (
+            contextlib.closing(Trail(config.workdir / "trail", create=True)) as trail,
+            contextlib.closing(Resume(config.workdir / "resume")) as resume,
+            distributed.nobody_waits(explain),
+        ):
+            network = {"params": params, "batch_stats": batch_stats}
+            keep_in_trail = functools.partial(keep, trail)
+            self._fit("prune", config.train, pruner, optimizer, network, resume, keep_in_trail, settle=trail.wait)
+        return Trail(config.workdir / "trail")
+
+    def _fit(
+        self,
+        stage: str,
+        config: TrainConfig,
+        pruner: Pruner,
+        optimizer: optax.GradientTransformation,
+        network: dict[str, Any] | None,
+        resume: Resume,
+        keep: Callable[[TrainState, int], None],
+        settle: Callable[[], None],
+    ) -> TrainState:
+        """Trains one stage to its end, from its last saved state or from ``network``, a new one if that is None.
+
+        ``keep(state, epoch)`` sees every epoch's end; ``settle()`` returns when what it wrote is on disk.
+
+        Raises:
+          Preempted: if a process was asked to stop, after the state was saved.
+        """
+        dataset, mesh = self.dataset, self.mesh
+
+        def initial(key: jax.Array, network: dict[str, Any] | None) -> TrainState:
+            variables = self._init_network() if network is None else network
+            return create_state(variables["params"], variables["batch_stats"], optimizer, pruner, key)
+
+        key = jax.random.key(self.config.seed)
+        abstract = jax.eval_shape(initial, key, network)
+        shardings = state_sharding(abstract, mesh)
+        state = resume.restore(
+            jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
+        )
+        if state is None:
+            state = jax.jit(initial, in_shardings=replicated(mesh), out_shardings=shardings)(key, network)
+        new_totals = jax.jit(zero_totals, out_shardings=replicated(mesh))
+        step_fn = jax.jit(
+            make_train_step(self.apply, optimizer, pruner, cross_entropy(config.label_smoothing)),
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
+        steps_per_epoch = dataset.train_size // config.batch_size
+        step = first = int(state.step)
+        if first:
+            log.info("%s: goes on from step %d", stage, first)
+        self.metrics.rewind(stage, first)
+        if first % steps_per_epoch == 0:
+            keep(state, first // steps_per_epoch)  # entry 0, or one that was lost with the process that wrote it
+        batches = self._train_batches(config.batch_size, first)
+        total = config.epochs * steps_per_epoch
+        with progress_bar(self.console, stage, total, first, config.batch_size) as advance:
+            while step < total:
+                if step % steps_per_epoch == 0:
+                    state = state.replace(totals=new_totals())
+                batch = next(batches)
+                with jax.transfer_guard("disallow"):
+                    state = step_fn(state, batch)
+                step += 1
+                advance()
+                if step % LOG_EVERY == 0 or step % steps_per_epoch == 0:
+                    self.metrics.write(stage, "train", step, self._means(stage, step, state))
+                if step % steps_per_epoch == 0:
+                    keep(state, step // steps_per_epoch)
+                    resume.save(step, state)
+                if self.preempted() and step < total:
+                    # An entry is made anew at the end of its own epoch alone: a state within the next one must not
+                    # reach the disk before it.
+                    self._means(stage, step, state)
+                    settle()
+                    resume.save(step, state)
+                    resume.wait()
+                    raise distributed.Preempted(
+                        f"asked to stop: step {step} of {stage} is saved, and the same command goes on from there"
+                    )
+        return state
+
+    def _means(self, stage: str, step: int, state: TrainState) -> dict[str, float]:
+        """The running means of the epoch. Stops a run whose loss is no number before it is saved."""
+        totals = {name: float(value) for name, value in jax.device_get(state.totals).items()}
+        loss = totals["loss"] / totals["examples"]
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {step} of {stage}; what was saved before is whole. Lower "
+                f"--{'pretrain' if stage == 'pretrain' else 'train'}.learning-rate and start in another --workdir"
+            )
+        return {"loss": loss, "accuracy": 100 * totals["correct"] / totals["examples"]}
+
+    def _train_batches(self, batch_size: int, start_step: int) -> Iterator[dict[str, jax.Array]]:
+        stream = self.dataset.train(
+            batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return (global_batch(batch, self.mesh) for batch in stream)
+
+    def _evaluate(self, params: Any, batch_stats: Any) -> dict[str, float]:
+        """Top-1 and top-5 in percent and mean loss over the held-out images."""
+        devices = jax.device_count()
+        batch_size = math.ceil(min(self.config.train.batch_size * 2, self.dataset.eval_size) / devices) * devices
+        sums: Any = None
+        for batch in self.dataset.evaluate(
+            batch_size, process_index=jax.process_index(), process_count=jax.process_count()
+        ):
+            counts = self.eval_step(params, batch_stats, global_batch(batch, self.mesh))
+            sums = counts if sums is None else jax.tree.map(jnp.add, sums, counts)
+        sums = jax.device_get(sums)
+        n = float(sums["examples"])
+        return {
+            "top1": 100 * float(sums["top1"]) / n,
+            "top5": 100 * float(sums["top5"]) / n,
+            "loss": float(sums["loss"]) / n,
+        }
+
+    def _init_network(self) -> dict[str, Any]:
+        images = jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
+        variables = self.module.init(jax.random.key(self.config.seed), images, train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def check_network(network: dict[str, Any], shapes: Any, path: Path, arch: str) -> None:
+    """Raises TrailError, naming the first difference, if a restored network is not of these shapes."""
+    kinds = ("params", "batch_stats")
+    expected = {name: leaf.shape for name, leaf in ltp.named_leaves({kind: shapes[kind] for kind in kinds})}
+    found = {name: leaf.shape for name, leaf in ltp.named_leaves({kind: network.get(kind, {}) for kind in kinds})}
+    for name in dict.fromkeys([*expected, *found]):
+        if expected.get(name) != found.get(name):
+            raise TrailError(
+                f"the network in {path} is no {arch}: {name} has shape {found.get(name, 'none')}, "
+                f"expected is {expected.get(name, 'none')}"
+            )
+
+
+def trail_table(trail: Trail) -> Table:
+    """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
+    front = {entry.epoch for entry in trail.pareto()}
+    table = Table(title=f"the trail in {trail.path} (* no other entry is both sparser and more accurate)")
+    for name in ("epoch", "compression", "density", "top-1 %", "top-5 %", "loss", "gap", "drop"):
+        table.add_column(name, justify="right")
+    for e in trail.entries:
+        table.add_row(
+            f"{'* ' if e.epoch in front else ''}{e.epoch}",
+            f"{e.compression:.2f}×",
+            f"{e.density:.2%}",
+            f"{e.top1:.2f}",
+            f"{e.top5:.2f}",
+            f"{e.loss:.4f}",
+            f"{e.gap:+.2f}",
+            f"{trail.dense.top1 - e.top1:+.2f}",
+        )
+    return table

@@ -1,0 +1,98 @@
+"""One job of many processes: the same numbers as one process, whatever the number, also across an interruption."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_same_numbers, assert_trail_is_whole, codes
+
+RESTORE = """
+import hashlib, sys
+import numpy as np
+from experiments.config import DistributedConfig
+from experiments.distributed import initialize
+from ltp_jax.selection import named_leaves
+from ltp_jax.trail import Trail
+
+words = dict(word.removeprefix("--distributed.").split("=") for word in sys.argv[2:])
+initialize(DistributedConfig(
+    coordinator_address=words["coordinator-address"],
+    num_processes=int(words["num-processes"]),
+    process_id=int(words["process-id"]),
+))
+trail = Trail(sys.argv[1])
+bits = b"".join(np.asarray(w).tobytes() for e in trail.entries for _, w in named_leaves(trail.restore(e)))
+print("restored", hashlib.sha256(bits).hexdigest())
+"""
+
+SIGTERM, SIGKILL = str(int(signal.SIGTERM)), str(int(signal.SIGKILL))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Jobs, tmp_path_factory) -> Path:
+    """A run of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert_all_done(jobs(workdir, devices=4))
+    assert_trail_is_whole(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_number_of_processes_changes_nothing(jobs, undisturbed, tmp_path, processes, devices):
+    workdir = tmp_path / "run"
+    ended = jobs(workdir, processes=processes, devices=devices)
+    assert_all_done(ended)
+    assert_trail_is_whole(workdir)
+    assert_same_numbers(workdir, undisturbed)
+    # The first process speaks; the others write to their own files.
+    assert "epoch 3:" in ended[0].stdout
+    for i in range(1, processes):
+        assert "epoch" not in ended[i].stdout
+        assert "epoch 3:" in (workdir / f"log-{i}.txt").read_text()
+    restored = jobs.start([sys.executable, "-c", RESTORE, str(workdir)], processes, devices, {}, 120)
+    assert_all_done(restored)
+    assert len({process.stdout.splitlines()[-1] for process in restored}) == 1
+
+
+def test_parameters_may_be_split(jobs, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    assert_all_done(jobs(workdir, "--mesh.fsdp=2", processes=2, devices=2))
+    assert_trail_is_whole(workdir)
+    assert_same_numbers(workdir, undisturbed)
+
+
+def test_other_number_of_processes_goes_on(jobs, undisturbed, tmp_path):
+    """Two processes stop within an epoch, one stops while an entry is being written, four come to the end."""
+    workdir = tmp_path / "run"
+    stop = {"LTP_SIGNAL": SIGTERM, "LTP_BATCH": "13", "LTP_SLOWLY": "0.3"}
+    ended = jobs(workdir, processes=2, devices=2, signals={0: stop, 1: stop})
+    assert codes(ended) == [START_AGAIN, START_AGAIN], ended[0].stderr
+    assert "the same command goes on from there" in ended[0].stdout
+    ended = jobs(workdir, devices=4, signals={0: {"LTP_SIGNAL": SIGTERM, "LTP_WHILE_SAVING": "1"}})
+    assert codes(ended) == [START_AGAIN], ended[0].stderr
+    assert_all_done(jobs(workdir, processes=4, devices=1))
+    assert_trail_is_whole(workdir)
+    assert_same_numbers(workdir, undisturbed)
+
+
+def test_lost_process_stops_the_others(jobs, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    kill = {"LTP_SIGNAL": SIGKILL, "LTP_BATCH": "14"}
+    ended = jobs(workdir, processes=2, devices=2, signals={1: kill}, timeout=120)
+    assert ended[1].code == -signal.SIGKILL
+    # By its broken connection the run notices it and says so. While no connection is open yet, between two programs,
+    # JAX notices missing heartbeats, and ends the process with a message of its own.
+    if ended[0].code == START_AGAIN:
+        assert "another process of this job is gone" in ended[0].stderr
+    else:
+        assert ended[0].code == -signal.SIGABRT, ended[0].stderr[-3000:]
+        assert "another task died" in ended[0].stderr
+    # A request to one of them stops both, after the same step.
+    ended = jobs(
+        workdir, processes=2, devices=2, signals={1: {"LTP_SIGNAL": SIGTERM, "LTP_BATCH": "3", "LTP_SLOWLY": "0.3"}}
+    )
+    assert codes(ended) == [START_AGAIN, START_AGAIN], ended[0].stderr
+    assert_all_done(jobs(workdir, processes=2, devices=2))
+    assert_trail_is_whole(workdir)
+    assert_same_numbers(workdir, undisturbed)

@@ -1,0 +1,378 @@
+"""Whole runs of the digits experiment, as a user starts them: what they write, how they resume, what they refuse."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from experiments import run as runs
+from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, record
+from experiments.console import RunError, run_command
+from experiments.data import DataError, digits
+from experiments.digits import DigitsConfig
+from experiments.fashion_mnist import PRESETS
+from ltp_jax import models
+from ltp_jax.trail import Trail, TrailError, restore_network
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny(workdir, **changes):
+    """Two epochs of each stage, 39 steps in all; thresholds are learned in the third."""
+    config = DigitsConfig(
+        workdir=workdir,
+        pretrain=TrainConfig(epochs=2, batch_size=128, learning_rate=0.1),
+        train=TrainConfig(epochs=2, batch_size=96, learning_rate=0.05, weight_decay=1e-4),
+        ltp=LtpConfig(penalty=20.0, learn=0.5, reach=1.5),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def start(config, dataset=None):
+    dataset = dataset or digits()
+    return runs.run(config, models.create("digits", num_classes=10), dataset)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from nothing to its report, with TensorBoard files."""
+    workdir = tmp_path_factory.mktemp("finished")
+    start(tiny(workdir, tensorboard=True))
+    return workdir
+
+
+def test_trail_tells_of_a_pruned_network(finished):
+    trail = Trail(finished)
+    assert [e.epoch for e in trail.entries] == [0, 1, 2]
+    assert trail.dense.compression == 1.0
+    last = trail.entries[-1]
+    assert last.compression > 1.5
+    assert last.step == 2 * (digits().train_size // 96)
+    params = trail.restore(last)["params"]
+    kernels = {
+        "block1/conv": params["block1"]["conv"]["kernel"],
+        "block2/conv": params["block2"]["conv"]["kernel"],
+        "block3/conv": params["block3"]["conv"]["kernel"],
+        "dense": params["dense"]["kernel"],
+        "head": params["head"]["kernel"],
+    }
+    kept = {f"{name}/kernel": np.count_nonzero(kernel) / kernel.size for name, kernel in kernels.items()}
+    assert last.densities == pytest.approx(kept)
+    total = sum(kernel.size for kernel in kernels.values())
+    assert last.compression == pytest.approx(total / sum(np.count_nonzero(k) for k in kernels.values()))
+    for name, kernel in kernels.items():  # what is left is above the threshold
+        assert (kernel[kernel != 0] ** 2).min() > last.thresholds[f"{name}/kernel"]
+
+
+def test_figures_of_an_entry_are_those_of_its_network(finished):
+    """The restored network is evaluated by other means than the run's own."""
+    trail, dataset = Trail(finished), digits()
+    network = trail.restore(trail.entries[-1])
+    batch = next(iter(dataset.evaluate(dataset.eval_size)))
+    images = (np.float32(batch["image"]) - np.float32(dataset.mean)) / np.float32(dataset.std)
+    logits = np.asarray(models.create("digits", num_classes=10).apply(network, images, train=False))
+    assert trail.entries[-1].top1 == pytest.approx(100 * np.mean(logits.argmax(-1) == batch["label"]))
+    top5 = np.argsort(-logits, axis=-1)[:, :5] == batch["label"][:, None]
+    assert trail.entries[-1].top5 == pytest.approx(100 * np.mean(top5.any(-1)))
+
+
+def test_run_writes_what_the_documentation_says(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["train"]["batch_size"] == 96
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    entries = [row for row in rows if row["kind"] == "entry"]
+    assert [row["epoch"] for row in entries] == [0, 1, 2]
+    assert {"top1", "top5", "loss", "gap", "compression", "densities", "thresholds"} <= set(entries[0])
+    assert {row["stage"] for row in rows} == {"pretrain", "prune"}
+    assert "epoch 2:" in (finished / "log.txt").read_text()
+    for name in ("accuracy", "density", "thresholds"):
+        assert (finished / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    raw = json.loads((finished / "report" / "trail.json").read_text())["entries"]
+    assert [row["epoch"] for row in raw] == [0, 1, 2]
+    table = (finished / "report" / "trail.md").read_text()
+    assert sum(line.startswith(("| 0", "| 1", "| 2")) for line in table.splitlines()) == 3
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert set(restore_network(finished / "dense")) == {"params", "batch_stats"}
+    assert not (finished / "pretrain").exists()
+
+
+def test_same_command_again_changes_nothing(finished):
+    before = (finished / "metrics.jsonl").read_text()
+    stamp = (finished / "trail" / "2").stat().st_mtime_ns
+    start(tiny(finished, tensorboard=True))
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert (finished / "trail" / "2").stat().st_mtime_ns == stamp
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupting:
+    """A dataset whose training stream breaks off behind some batches of one stage."""
+
+    def __init__(self, dataset, batch_size, after):
+        self._dataset, self._batch_size, self._after = dataset, batch_size, after
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)
+
+    def train(self, batch_size, **options):
+        for i, batch in enumerate(self._dataset.train(batch_size, **options)):
+            if batch_size == self._batch_size and i == self._after:
+                raise Interrupted
+            yield batch
+
+
+@pytest.mark.parametrize(("batch_size", "after"), [(128, 12), (96, 5), (96, 16)])
+def test_interrupted_run_ends_in_the_same_bits(finished, tmp_path, batch_size, after):
+    """Broken off in the second epoch of pretraining, and in the first and the second of pruning."""
+    with pytest.raises(Interrupted):
+        start(tiny(tmp_path), Interrupting(digits(), batch_size, after))
+    start(tiny(tmp_path))
+    whole, resumed = Trail(finished), Trail(tmp_path)
+    assert resumed.entries == whole.entries
+    for entry in whole.entries:
+        chex.assert_trees_all_equal(resumed.restore(entry), whole.restore(entry))
+    assert (tmp_path / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+
+
+def test_entry_lost_with_its_process_is_written_again(finished, tmp_path):
+    start(tiny(tmp_path, dense=finished / "dense"))
+    trail = tmp_path / "trail"
+    (trail / "2").rename(trail / "2.orbax-checkpoint-tmp")  # as if the process had ended in the midst of writing it
+    start(tiny(tmp_path, dense=finished / "dense"))
+    assert sorted(p.name for p in trail.iterdir()) == ["0", "1", "2"]
+    chex.assert_trees_all_equal(
+        Trail(tmp_path).restore(Trail(tmp_path).entries[2]), Trail(finished).restore(Trail(finished).entries[2])
+    )
+
+
+def test_dense_network_of_another_run_is_taken(finished, tmp_path):
+    trail = start(tiny(tmp_path, dense=finished / "dense"))
+    assert trail.entries == Trail(finished).entries
+    assert not (tmp_path / "dense").exists()
+
+
+def test_dense_network_of_another_architecture_is_refused(finished, tmp_path):
+    with pytest.raises(TrailError, match=r"is no digits: params/head/bias has shape \(10,\), expected is \(7,\)"):
+        runs.run(tiny(tmp_path, dense=finished / "dense"), models.create("digits", num_classes=7), digits())
+
+
+def test_loss_that_is_no_number_stops_the_run_and_loses_nothing(finished, tmp_path):
+    config = tiny(tmp_path, dense=finished / "dense")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e30))
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+ of prune.*--train.learning-rate"):
+        start(config)
+    assert Trail(tmp_path).epochs == (0,)
+    Trail(tmp_path).restore(Trail(tmp_path).dense)
+    assert not any((tmp_path / "resume").iterdir())
+
+
+def test_other_options_in_the_same_directory_are_refused(finished):
+    config = dataclasses.replace(tiny(finished, tensorboard=True), ltp=LtpConfig(penalty=20.0, learn=0.7, reach=1.5))
+    with pytest.raises(ConfigError, match=r"--ltp\.learn was 0\.5, is 0\.7"):
+        record(config)
+
+
+def test_broken_configuration_file_is_said(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
+        record(tiny(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train": TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1)},
+            "--train.batch-size is 5000; digits has",
+        ),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        start(tiny(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.epochs", "0"], "--train.epochs is 0; accepted is at least 1"),
+        (["--ltp.t0", "0"], "--ltp.t0 is 0.0; accepted is more than 0"),
+        (["--ltp.learn", "1.5"], "--ltp.learn is 1.5; accepted is more than 0, at most 1"),
+        (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
+        (["--seed", "-3"], "--seed is -3"),
+        (["--ltp.penalty", "3"], "--ltp.target-compression and --ltp.penalty exclude each other.*=None"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_accepted_ones(words, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({"digits": DigitsConfig()}, "", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arch=lenet6"], "lenet5"),
+        (["--train.epoch", "3"], "--train.epochs"),
+        (["--train.epochs", "many"], "many"),
+    ],
+)
+def test_unknown_words_are_refused_with_the_accepted_ones(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(PRESETS, "", words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_network_decides_the_defaults():
+    assert parse(PRESETS, "", ["--arch", "lenet5"]).workdir == PRESETS["lenet5"].workdir
+    assert parse(PRESETS, "", ["--arch=lenet5"]) == PRESETS["lenet5"]
+    assert parse(PRESETS, "", []) == PRESETS["lenet_300_100"]
+    assert parse(PRESETS, "", ["--ltp.t0", "0.01"]).ltp.t0 == 0.01
+
+
+def test_help_names_every_nested_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(PRESETS, "What it does.", ["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for option in ("--arch", "--workdir", "--data-dir", "--train.epochs", "--ltp.t0", "--mesh.fsdp", "What it does."):
+        assert option in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("why"), 2),
+        (DataError("why"), 1),
+        (TrailError("why"), 1),
+        (RunError("why"), 1),
+        (OSError(28, "No space left on device", "why"), 1),
+    ],
+)
+def test_users_mistake_is_one_message_and_an_exit_code(error, code, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: why")
+    assert "Traceback" not in err
+
+
+def command(*words, **environment):
+    """A run of digits in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.digits", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+TINY = [
+    "--pretrain.epochs=2",
+    "--pretrain.batch-size=128",
+    "--pretrain.warmup-epochs=0",
+    "--pretrain.learning-rate=0.1",
+    "--train.epochs=2",
+    "--train.batch-size=96",
+    "--train.warmup-epochs=0",
+    "--train.learning-rate=0.05",
+    "--ltp.target-compression=None",
+    "--ltp.penalty=20",
+    "--ltp.learn=0.5",
+    "--ltp.reach=1.5",
+]
+
+
+def test_one_and_eight_devices_agree(finished, tmp_path):
+    # To a target: where a penalty begins, Adam follows the sign of gradients that are next to nothing, and rounding
+    # alone decides how far a threshold goes.
+    target = ["--ltp.penalty=None", "--ltp.target-compression=8", "--train.learning-rate=0.02"]
+    words = [*TINY, "--dense", finished / "dense", *target]
+    trails = []
+    for devices in (1, 8):
+        folder = tmp_path / str(devices)
+        done = command("--workdir", folder, *words, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+        assert done.returncode == 0, done.stderr
+        trails.append(Trail(folder).entries)
+    for a, b in zip(*trails, strict=True):
+        # Sums in another order; two epochs of training make a thousandfold of the rounding.
+        assert (b.train_loss or 0) == pytest.approx(a.train_loss or 0, rel=5e-3)
+        assert b.compression == pytest.approx(a.compression, rel=1e-2)
+        assert b.thresholds == pytest.approx(a.thresholds, rel=1e-2)
+        assert b.top1 == pytest.approx(a.top1, abs=0.6)  # three images
+    assert trails[1][-1].compression == pytest.approx(8, rel=1e-3)
+
+
+def test_batch_that_devices_cannot_share_is_refused(tmp_path):
+    done = command(
+        "--workdir", tmp_path / "run", "--train.batch-size=100", XLA_FLAGS="--xla_force_host_platform_device_count=8"
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --train.batch-size is 100; accepted are multiples of the 8 devices"
+
+
+def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
+    """No file may grow beyond 60 kB: configuration and log fit, the checkpoint of the network does not."""
+    code = (
+        "import resource, signal, runpy, sys;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "sys.argv = ['digits', *sys.argv[1:]];"
+        "runpy.run_module('experiments.digits', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--dense", finished / "dense", *TINY],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 1
+    assert sum(line.startswith("error: cannot write to") for line in done.stderr.splitlines()) == 1
+    assert "what was saved before is whole" in done.stderr
+    # With room again, the same command goes on to the end.
+    again = command("--workdir", tmp_path / "run", "--dense", finished / "dense", *TINY)
+    assert again.returncode == 0, again.stderr
+    assert Trail(tmp_path / "run").epochs == (0, 1, 2)
+
+
+def test_nothing_happens_at_import():
+    """Importing the library starts no backend and prints nothing."""
+    code = "import ltp_jax, ltp_jax.trail, ltp_jax.models, jax._src.xla_bridge as b; assert not b._backends"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_step_is_traced_once_in_a_run(finished, tmp_path, monkeypatch):
+    traced = []
+    make = runs.make_train_step
+
+    def counting(*args):
+        step = make(*args)
+
+        def train_step(state, batch):
+            traced.append(jax.tree.structure(state))
+            return step(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(runs, "make_train_step", counting)
+    start(tiny(tmp_path, dense=finished / "dense"))
+    assert len(traced) == 1
