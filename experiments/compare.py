@@ -1,0 +1,341 @@
+"""Compares pruning methods on the same network, trained weights, epochs and batches, each with tuned settings.
+
+python -m experiments.compare tune    # nine settings of every method, judged on held-out training images
+python -m experiments.compare run     # method × compression × seed, each a file; goes on where it stopped
+python -m experiments.compare report  # the table and the pictures of what is there
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import ltp_jax as ltp
+from experiments import baselines, compare_report, data
+from experiments.compare_report import Cell
+from experiments.config import ConfigError, TrainConfig
+from experiments.console import run_command
+from experiments.harness import Harness, Run, hold_out
+from experiments.run import weights_optimizer
+from ltp_jax.pruner import Pruner, dense
+from ltp_jax.target import target_density
+
+HELD_OUT = 10_000  # training images that settings are judged on
+TUNING_COMPRESSION = 32.0
+NETWORKS = {
+    # network: its dataset, how it is trained before pruning, and while it is pruned
+    "lenet_300_100": (
+        data.fashion_mnist,
+        TrainConfig(epochs=15, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
+        TrainConfig(epochs=10, batch_size=128, learning_rate=0.1, weight_decay=5e-4),
+    ),
+    "lenet5": (
+        data.fashion_mnist,
+        TrainConfig(epochs=6, batch_size=128, learning_rate=0.02, warmup_epochs=1, weight_decay=5e-4),
+        TrainConfig(epochs=5, batch_size=128, learning_rate=0.02, weight_decay=5e-4),
+    ),
+    "resnet20": (
+        data.cifar10,
+        TrainConfig(epochs=60, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
+        TrainConfig(epochs=30, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare."""
+
+    command: tyro.conf.Positional[Literal["tune", "run", "report"]]
+    """What to do."""
+    arch: Literal["lenet_300_100", "lenet5", "resnet20"] = "lenet_300_100"
+    """The network; the first two learn Fashion-MNIST, the last CIFAR-10."""
+    methods: tuple[Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp"], ...] = (
+        "dense",
+        "one_shot",
+        "gmp_uniform",
+        "gmp_global",
+        "str",
+        "ltp",
+    )
+    """Which methods."""
+    compressions: tuple[float, ...] = (8, 16, 32, 64, 128)
+    """Prunable weights over those kept."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Of the dense network, the order of the data, and nothing else."""
+    tuning_seeds: tuple[int, ...] = (0, 1)
+    """Those of tuning, which judges a setting by their mean."""
+    data_dir: str | None = None
+    """Where TFDS finds its datasets; its own default if nothing is said."""
+    workdir: Path = Path("runs/compare")
+    """Where dense networks are kept."""
+    results: Path = Path("experiments/results/compare")
+    """Where the figures are kept, a file for each run."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        for compression in self.compressions:
+            if not compression > 1:
+                raise ConfigError(f"--compressions has {compression:g}; accepted is more than 1")
+        for option, seeds in (("--seeds", self.seeds), ("--tuning-seeds", self.tuning_seeds)):
+            for seed in seeds:
+                if not 0 <= seed < 2**32:
+                    raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One setting of a method.
+
+    Attributes:
+      learning_rate: the highest of the weights.
+      prune: share of the run in which the density descends; of no meaning to methods that do it at once.
+      select: share of the run after which LTP fixes its masks.
+      initial: STR's first ``s``.
+      weight_decay: that of the network if it is zero; STR's is of ``s`` too, and decides how much it prunes.
+    """
+
+    learning_rate: float
+    prune: float = 0.0
+    select: float = 0.0
+    initial: float = 0.0
+    weight_decay: float = 0.0
+
+
+def trials(method: str, train: TrainConfig) -> list[Trial]:
+    """The settings that a method may choose from: nine each, around the network's own rate and weight decay."""
+    rate = train.learning_rate
+    decays = (0.0, 1e-3, 2e-3)  # zero is that of the network
+    match method:
+        case "dense" | "one_shot":
+            return [Trial(learning_rate=f * rate, weight_decay=decay) for decay in decays for f in (0.5, 1, 2)]
+        case "gmp_uniform" | "gmp_global":
+            shares = (0.2, 0.5, 0.8)
+            return [Trial(learning_rate=rate, prune=share, weight_decay=decay) for decay in decays for share in shares]
+        case "str":
+            # What it prunes goes by the product of rate and decay; these three lie around 32×.
+            return [
+                Trial(learning_rate=f * rate, initial=-5.0, weight_decay=product / (f * rate))
+                for f in (0.2, 0.5, 1)
+                for product in (1.2e-4, 2e-4, 3e-4)
+            ]
+        case "ltp":
+            return [
+                Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), weight_decay=decay)
+                for decay in decays
+                for share in (0.4, 0.6, 0.8)
+            ]
+    raise ValueError(method)
+
+
+def make_pruner(
+    method: str, plan: ltp.Plan, compression: float, train: TrainConfig, steps: int, trial: Trial
+) -> Pruner:
+    """The method with a setting, for ``steps`` training steps."""
+    prune_steps = max(round(trial.prune * steps), 1)
+    match method:
+        case "dense":
+            return dense()
+        case "one_shot":
+            return baselines.one_shot_magnitude(plan, 1 / compression)
+        case "gmp_uniform" | "gmp_global":
+            every = max(min(100, prune_steps // 10), 1)  # ten changes of the masks at least
+            uniform = method == "gmp_uniform"
+            return baselines.gradual_magnitude(
+                plan, 1 / compression, prune_steps=prune_steps, every=every, uniform=uniform
+            )
+        case "str":
+            optimizer = optax.chain(
+                optax.add_decayed_weights(trial.weight_decay),
+                weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs),
+            )
+            return baselines.soft_threshold_reparameterization(plan, optimizer, initial=trial.initial)
+        case "ltp":
+            return target_density(
+                plan, 1 / compression, prune_steps=prune_steps, select_steps=round(trial.select * steps)
+            )
+    raise ValueError(method)
+
+
+def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any], seed: int) -> Cell:
+    """One run: the figures of the pruned network after its last epoch, and the way there."""
+    network = harness.dense_network(seed)
+    sizes = {tensor.path: tensor.size for tensor in harness.plan.tensors if tensor.prune}
+    curve = []
+    for state in compiled(network, seed):
+        hard = harden(state.params, state.pruning)
+        kept = {path: int(jnp.count_nonzero(w)) for path, w in ltp.named_leaves(hard) if path in sizes}
+        curve.append((sum(sizes.values()) / max(sum(kept.values()), 1), harness.top1(hard, state.batch_stats)))
+    return {
+        "achieved": curve[-1][0],
+        "top1": curve[-1][1],
+        "dense_top1": harness.top1(network["params"], network["batch_stats"]),
+        "densities": {path: kept[path] / size for path, size in sizes.items()},
+        "epochs": [{"compression": compression, "top1": top1} for compression, top1 in curve],
+    }
+
+
+def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compression: float, trial: Trial) -> None:
+    """Runs those of the cells, given as file and seed, that are not on disk, or are there with another setting."""
+
+    def is_there(path: Path) -> bool:
+        return path.exists() and Trial(**json.loads(path.read_text())["trial"]) == trial
+
+    missing = [(path, seed) for path, seed in cells if not is_there(path)]
+    if not missing:
+        return
+    _, _, train = NETWORKS[harness.arch]
+    train = dataclasses.replace(train, learning_rate=trial.learning_rate)
+    if trial.weight_decay:
+        train = dataclasses.replace(train, weight_decay=trial.weight_decay)
+    pruner = make_pruner(method, harness.plan, compression, train, harness.steps(train), trial)
+    compiled, harden = harness.compiled(pruner, train), jax.jit(pruner.harden)
+    for path, seed in missing:
+        figures = run_cell(harness, compiled, harden, seed)
+        about = {
+            "network": harness.arch,
+            "dataset": harness.dataset.name,
+            "method": method,
+            "compression": None if method == "dense" else compression,
+            "seed": seed,
+            "trial": dataclasses.asdict(trial),
+            "epochs_trained": train.epochs,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(about | figures, indent=1) + "\n")
+        temporary.replace(path)
+        print(f"{path.stem}: {figures['achieved']:.2f}× at {figures['top1']:.2f} %", flush=True)
+
+
+def tune(config: CompareConfig, harness: Harness) -> None:
+    """Runs every setting of every method at one compression on the held-out training images."""
+    folder = config.results / f"{harness.dataset.name}_{config.arch}"
+    _, _, train = NETWORKS[harness.arch]
+    for method in config.methods:
+        for i, trial in enumerate(trials(method, train)):
+            cells = [(folder / f"{method}_trial{i}_{seed}.json", seed) for seed in config.tuning_seeds]
+            fill(harness, cells, method, TUNING_COMPRESSION, trial)
+
+
+def chosen(method: str, tuned: Sequence[Cell]) -> Trial:
+    """The setting that did best in tuning.
+
+    STR has no target: its settings are learning rates with several decays each. The rate is chosen that does best at
+    the compression of tuning, between the decays; the decay is that of ``decay_for`` then.
+
+    Raises:
+      ConfigError: if the method was not tuned.
+    """
+    cells = [cell for cell in tuned if cell["method"] == method]
+    if not cells:
+        raise ConfigError(f"{method} is not tuned yet: python -m experiments.compare tune --methods {method}")
+    groups: dict[Trial, list[Cell]] = {}
+    for cell in cells:
+        trial = without_decay(cell) if method == "str" else Trial(**cell["trial"])
+        groups.setdefault(trial, []).append(cell)
+
+    def top1(trial: Trial) -> float:
+        group = groups[trial]
+        if method == "str":
+            return at(TUNING_COMPRESSION, [(cell["achieved"], cell["top1"]) for cell in group])
+        return sum(cell["top1"] for cell in group) / len(group)
+
+    return max(groups, key=top1)
+
+
+def without_decay(cell: Cell) -> Trial:
+    """What the settings of STR that differ in their decay alone have in common."""
+    return dataclasses.replace(Trial(**cell["trial"]), weight_decay=0.0)
+
+
+def at(compression: float, points: Sequence[tuple[float, float]]) -> float:
+    """A figure at a compression, from ``(compression, figure)`` of runs: on the line, in the logarithm of the
+    compression, through the two nearest different ones."""
+    nearest = sorted(points, key=lambda point: abs(math.log(point[0] / compression)))
+    first = nearest[0]
+    second = next((point for point in nearest if abs(math.log(point[0] / first[0])) > 0.02), first)
+    if second is first:
+        return first[1]
+    share = math.log(compression / first[0]) / math.log(second[0] / first[0])
+    return first[1] + share * (second[1] - first[1])
+
+
+def decay_for(compression: float, trial: Trial, cells: Sequence[Cell]) -> Trial:
+    """STR's setting with the decay that is to give a compression, by runs of STR at the same rate."""
+    same = [cell for cell in cells if without_decay(cell) == trial]
+    log_decay = at(compression, [(cell["achieved"], math.log(cell["trial"]["weight_decay"])) for cell in same])
+    return dataclasses.replace(trial, weight_decay=float(f"{math.exp(log_decay):.4g}"))
+
+
+def grid(config: CompareConfig, harness: Harness) -> None:
+    """Runs every method at every compression with every seed, with the setting that tuning chose."""
+    folder = config.results / f"{harness.dataset.name}_{config.arch}"
+    tuned = compare_report.read_cells(config.results / f"{harness.dataset.name}_held_out_{config.arch}")
+    settings = {method: chosen(method, tuned) for method in config.methods}
+    for compression in config.compressions:
+        for method, trial in settings.items():
+            name = method if method == "dense" else f"{method}_{compression:g}"
+            cells = [(folder / f"{name}_{seed}.json", seed) for seed in config.seeds]
+            if method == "str":
+                trial = search_decay(harness, *cells[0], compression, trial, tuned)
+            fill(harness, cells, method, compression, trial)
+
+
+def search_decay(
+    harness: Harness, path: Path, seed: int, compression: float, trial: Trial, tuned: Sequence[Cell]
+) -> Trial:
+    """STR's setting with a decay that brings one seed within 5 % of a compression, or the fourth that was tried.
+
+    More training images than in tuning are more steps, which prune more. Accuracy has no say in it.
+    """
+
+    def is_near(cell: Cell) -> bool:
+        return abs(cell["achieved"] / compression - 1) < 0.05
+
+    if path.exists():
+        cell = json.loads(path.read_text())
+        if is_near(cell) and without_decay(cell) == trial:
+            return Trial(**cell["trial"])
+    aim = compression
+    for _ in range(4):
+        found = decay_for(aim, trial, tuned)
+        fill(harness, [(path, seed)], "str", compression, found)
+        cell = json.loads(path.read_text())
+        if is_near(cell):
+            break
+        aim *= compression / cell["achieved"]
+    return found
+
+
+def main() -> None:
+    config = tyro.cli(CompareConfig, description=__doc__)
+    config.check()
+    load, pretrain, _ = NETWORKS[config.arch]
+    if config.command == "report":
+        folder = config.results / f"{load.__name__}_{config.arch}"  # loaders have the names of their datasets
+        if not compare_report.read_cells(folder):
+            raise ConfigError(f"there are no runs in {folder}: python -m experiments.compare run --arch={config.arch}")
+        for path in compare_report.write(folder, Path("docs")):
+            print(path)
+        tuning = config.results / f"{load.__name__}_held_out_{config.arch}"
+        if cells := compare_report.read_cells(tuning):
+            (tuning / "table.md").write_text(compare_report.tuning_markdown(cells))
+            print(tuning / "table.md")
+        return
+    dataset = load(config.data_dir)
+    if config.command == "tune":
+        tune(config, Harness(hold_out(dataset, HELD_OUT), config.arch, config.workdir, pretrain))
+    else:
+        grid(config, Harness(dataset, config.arch, config.workdir, pretrain))
+
+
+if __name__ == "__main__":
+    run_command(main)

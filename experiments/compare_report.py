@@ -1,0 +1,221 @@
+"""The table and the pictures of a comparison, made from its cells on disk."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ltp_jax.target import planned_density
+
+LABELS = {
+    "ltp": "LTP",
+    "gmp_global": "gradual magnitude, global",
+    "gmp_uniform": "gradual magnitude, uniform",
+    "one_shot": "one-shot magnitude, global",
+    "str": "STR",
+}
+COLOURS = dict(zip(LABELS, ("tab:red", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
+
+Cell = dict[str, Any]
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    """All runs of a folder, by file name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def write(folder: Path, docs: Path) -> list[Path]:
+    """Writes the table to the folder and the pictures to the documentation.
+
+    Returns:
+      The files.
+    """
+    cells = read_cells(folder)
+    docs.mkdir(parents=True, exist_ok=True)
+    paths = [
+        folder / "table.md",
+        docs / f"compare_{folder.name}.png",
+        docs / f"density_{folder.name}.png",
+        docs / f"plan_{folder.name}.png",
+    ]
+    paths[0].write_text(markdown(cells))
+    draw_accuracy(cells, paths[1])
+    draw_densities(cells, paths[2])
+    draw_plan(cells, paths[3])
+    return paths
+
+
+def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
+    """The cells that have all of these values."""
+    return [cell for cell in cells if all(cell[key] == value for key, value in wanted.items())]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, of the sample, in two decimals."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def counted_spread(values: Sequence[float]) -> str:
+    """The same, with their number in brackets."""
+    return f"{spread(values)} ({len(values)})"
+
+
+def compressions(cells: Iterable[Cell]) -> list[float]:
+    return sorted({cell["compression"] for cell in cells if cell["compression"] is not None})
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """Top-1 of every method at every compression: mean ± standard deviation over seeds, and their number."""
+    wanted = compressions(cells)
+    lines = [
+        "| method | " + " | ".join(f"{c:g}×" for c in wanted) + " |",
+        "|---|" + "---|" * len(wanted),
+    ]
+    for method, label in LABELS.items():
+        row = []
+        for compression in wanted:
+            found = select(cells, method=method, compression=compression)
+            if not found:
+                row.append("–")
+                continue
+            text = counted_spread([cell["top1"] for cell in found])
+            achieved = [cell["achieved"] for cell in found]
+            if max(abs(a / compression - 1) for a in achieved) > 0.01:
+                text += f" at {min(achieved):.1f}–{max(achieved):.1f}×"
+            row.append(text)
+        if any(text != "–" for text in row):
+            lines.append(f"| {label} | " + " | ".join(row) + " |")
+    row = []
+    for compression in wanted:
+        ours, theirs = (
+            {cell["seed"]: cell["top1"] for cell in select(cells, method=method, compression=compression)}
+            for method in ("ltp", "gmp_global")
+        )
+        differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        row.append(counted_spread(differences) if differences else "–")
+    lines.append(f"| {LABELS['ltp']} less {LABELS['gmp_global']}, seed by seed | " + " | ".join(row) + " |")
+    first = {cell["seed"]: cell["dense_top1"] for cell in cells}
+    lines += ["", f"Dense network that all start from: {counted_spread(list(first.values()))}."]
+    if more := select(cells, method="dense"):
+        lines.append(f"Trained on as long as the others, without pruning: {spread([c['top1'] for c in more])}.")
+    return "\n".join(lines) + "\n"
+
+
+def tuning_markdown(cells: Sequence[Cell]) -> str:
+    """A row for every setting that was tried: mean ± standard deviation over seeds, and their number."""
+    lines = [
+        "| method | learning rate | weight decay | pruned within | compression | top-1 % |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for method in (*LABELS, "dense"):
+        groups: dict[str, list[Cell]] = {}
+        for cell in select(cells, method=method):
+            groups.setdefault(json.dumps(cell["trial"]), []).append(cell)
+        for group in groups.values():
+            trial = group[0]["trial"]
+            prune = f"{100 * trial['prune']:g} %" if trial["prune"] else "–"
+            decay = f"{trial['weight_decay']:.3g}" if trial["weight_decay"] else "the network's"
+            reached = statistics.geometric_mean([cell["achieved"] for cell in group])
+            top1 = counted_spread([cell["top1"] for cell in group])
+            row = (LABELS.get(method, "dense"), f"{trial['learning_rate']:g}", decay, prune, f"{reached:.1f}×", top1)
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
+    """Top-1 against the compression that was reached; bars are standard deviations over seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for method, label in LABELS.items():
+        groups = [found for c in compressions(cells) if (found := select(cells, method=method, compression=c))]
+        if groups:
+            axes.errorbar(
+                [statistics.geometric_mean([cell["achieved"] for cell in group]) for group in groups],
+                [statistics.fmean([cell["top1"] for cell in group]) for group in groups],
+                yerr=[statistics.stdev([c["top1"] for c in group]) if len(group) > 1 else 0 for group in groups],
+                label=label,
+                color=COLOURS[method],
+                marker="o",
+                capsize=3,
+            )
+    dense = statistics.fmean({cell["seed"]: cell["dense_top1"] for cell in cells}.values())
+    axes.axhline(dense, color="black", linestyle=":", label="dense")
+    wanted = compressions(cells)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(wanted, [f"{c:g}×" for c in wanted])
+    axes.minorticks_off()
+    lowest = min(cell["top1"] for cell in cells if cell["method"] in ("ltp", "gmp_global"))
+    axes.set_ylim(math.floor(lowest) - 1.5, dense + 0.4)
+    axes.set_xlabel("compression: prunable weights over those kept")
+    axes.set_ylabel("top-1 on held-out images, %")
+    axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: mean and standard deviation over seeds")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_densities(cells: Sequence[Cell], path: Path) -> None:
+    """Density per layer of LTP, global magnitude and STR side by side, a panel for each compression."""
+    methods = ("ltp", "gmp_global", "str")
+    wanted = [c for c in compressions(cells) if select(cells, method="ltp", compression=c)]
+    figure = Figure(figsize=(3.2 * len(wanted), 4), layout="constrained")
+    panels = figure.subplots(1, len(wanted), sharey=True, squeeze=False)[0]
+    for axes, compression in zip(panels, wanted, strict=True):
+        titles = []
+        for i, method in enumerate(methods):
+            found = select(cells, method=method, compression=compression)
+            if not found:
+                continue
+            layers = list(found[0]["densities"])
+            means = [100 * statistics.fmean([cell["densities"][layer] for cell in found]) for layer in layers]
+            places = [position + 0.27 * (i - 1) for position in range(len(layers))]
+            achieved = statistics.geometric_mean([cell["achieved"] for cell in found])
+            axes.bar(places, means, 0.25, color=COLOURS[method], label=LABELS[method])
+            titles.append(f"{achieved:.1f}×")
+        axes.set_yscale("log")
+        axes.set_xticks(
+            range(len(layers)), [layer.removesuffix("/kernel") for layer in layers], rotation=30, ha="right"
+        )
+        axes.set_title(", ".join(titles), fontsize=9)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("kept weights of the layer, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.suptitle(f"{cells[0]['network']} on {cells[0]['dataset']}: where the weights are left, mean over seeds")
+    _save(figure, path)
+
+
+def draw_plan(cells: Sequence[Cell], path: Path) -> None:
+    """Density after every epoch of LTP, of each compression and seed, against the plan that it follows."""
+    found = select(cells, method="ltp")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, compression in enumerate(compressions(found)):
+        group = select(found, compression=compression)
+        epochs = group[0]["epochs_trained"]
+        # Settings differ in when the descent ends, and so do the plans.
+        for share in {cell["trial"]["prune"] for cell in group}:
+            plan = planned_density(1 / compression, steps=1000)
+            times = [j / 200 * epochs for j in range(201)]
+            axes.plot(times, [100 * float(plan(1000 * t / (share * epochs))) for t in times], color=f"C{i}", alpha=0.5)
+        for cell in group:
+            densities = [100 / epoch["compression"] for epoch in cell["epochs"]]
+            axes.plot(range(1, epochs + 1), densities, ".", color=f"C{i}")
+        axes.plot([], [], ".-", color=f"C{i}", label=f"{compression:g}×")
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("kept weights, %")
+    axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: density (dots, every seed) and plan (lines)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_figure(path, dpi=120)

@@ -1,0 +1,168 @@
+"""Training of small networks with everything on the device: one compiled scan an epoch.
+
+It takes the same steps on the same batches as ``experiments.run``, without a trail and without a pause to resume from,
+and so serves to run many short trainings that are to be compared.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import ltp_jax as ltp
+from experiments.config import TrainConfig
+from experiments.data.in_memory import InMemoryDataset
+from experiments.run import check_network, weights_optimizer
+from ltp_jax import models
+from ltp_jax.adapters import linen_apply
+from ltp_jax.pruner import Pruner, dense
+from ltp_jax.trail import restore_network, save_network
+from ltp_jax.training import (
+    Batch,
+    TrainState,
+    create_state,
+    cross_entropy,
+    make_eval_step,
+    make_train_step,
+    zero_totals,
+)
+
+EVAL_BATCH = 1000
+
+Network = dict[str, Any]
+"""``params`` and ``batch_stats``."""
+Run = Callable[[Network, int], Iterator[TrainState]]
+"""``(network, seed) -> states``: trains a network and yields the state after each epoch, donated to the next one."""
+
+
+def hold_out(dataset: InMemoryDataset, size: int) -> InMemoryDataset:
+    """The dataset without its evaluation split: the last ``size`` training images take its place.
+
+    For choosing settings: figures of the real evaluation split are then those of settings that never saw it.
+    """
+    return dataclasses.replace(
+        dataset,
+        name=f"{dataset.name}_held_out",
+        train_size=dataset.train_size - size,
+        eval_size=size,
+        train_images=dataset.train_images[:-size],
+        train_labels=dataset.train_labels[:-size],
+        eval_images=dataset.train_images[-size:],
+        eval_labels=dataset.train_labels[-size:],
+    )
+
+
+class Harness:
+    """A dataset in memory and a network that learns it.
+
+    Args:
+      dataset: the data; training batches are its own stream, a function of seed and step alone.
+      arch: the name of the network in ``ltp_jax.models``.
+      workdir: where dense networks are kept, one a seed.
+      pretrain: how they are trained.
+    """
+
+    def __init__(self, dataset: InMemoryDataset, arch: str, workdir: Path, pretrain: TrainConfig):
+        self.dataset = dataset
+        self.arch = arch
+        self.pretrain = pretrain
+        self.workdir = workdir
+        self.module = models.create(arch, num_classes=dataset.num_classes)
+        mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+        self.apply = linen_apply(self.module, lambda images: (images.astype(jnp.float32) - mean) / std)
+        self.plan = ltp.plan(jax.eval_shape(self._initial_network, jax.random.key(0))["params"])
+        self._evaluate = jax.jit(self._make_evaluate())
+
+    def steps(self, config: TrainConfig) -> int:
+        """Training steps of a run."""
+        return config.epochs * (self.dataset.train_size // config.batch_size)
+
+    def dense_network(self, seed: int) -> Network:
+        """The trained network that every method starts from: trained once a seed, then read from disk."""
+        path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
+        initial = self._initial_network(jax.random.key(seed))
+        if path.is_dir():
+            network = restore_network(path)
+            check_network(network, initial, path, self.arch)
+            return network
+        *_, state = self.compiled(dense(), self.pretrain)(initial, seed)
+        save_network(path, state.params, state.batch_stats)
+        return {"params": state.params, "batch_stats": state.batch_stats}
+
+    def compiled(self, pruner: Pruner, config: TrainConfig, distill: float = 0.0) -> Run:
+        """Training with a method, compiled once for any number of networks and seeds.
+
+        Args:
+          pruner: the method.
+          config: the training.
+          distill: share of the labels that is what the network at the start of the run says of the image.
+        """
+        steps = self.dataset.train_size // config.batch_size
+        optimizer = weights_optimizer(config, steps)
+        label_loss = cross_entropy(config.label_smoothing)
+
+        def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+            if not distill:
+                return label_loss(logits, batch)
+            teacher_loss = jnp.mean(optax.softmax_cross_entropy(logits, batch["teacher"]))
+            return (1 - distill) * label_loss(logits, batch) + distill * teacher_loss
+
+        step = make_train_step(self.apply, optimizer, pruner, loss)
+
+        @jax.jit
+        def predict(network: Network, images: jax.Array) -> jax.Array:
+            def probabilities(images: jax.Array) -> jax.Array:
+                return jax.nn.softmax(
+                    self.apply(network["params"], network["batch_stats"], images, train=False, key=None)[0]
+                )
+
+            return jax.lax.map(probabilities, images)
+
+        def epoch(state: TrainState, batches: dict[str, jax.Array]) -> TrainState:
+            state = state.replace(totals=zero_totals())
+            return jax.lax.scan(lambda state, batch: (step(state, batch), None), state, batches)[0]
+
+        compiled = jax.jit(epoch, donate_argnums=0)
+
+        @jax.jit
+        def initial(network: Network, key: jax.Array) -> TrainState:
+            return create_state(network["params"], network["batch_stats"], optimizer, pruner, key)
+
+        def run(network: Network, seed: int) -> Iterator[TrainState]:
+            state = initial(network, jax.random.key(seed))
+            stream = self.dataset.train(config.batch_size, seed=seed)
+            for _ in range(config.epochs):
+                batches = list(itertools.islice(stream, steps))
+                stacked = {key: np.stack([b[key] for b in batches]) for key in ("image", "label")}
+                if distill:
+                    stacked["teacher"] = predict(network, stacked["image"])
+                state = compiled(state, stacked)
+                yield state
+
+        return run
+
+    def top1(self, params: Any, batch_stats: Any) -> float:
+        """Percent of the evaluation split that the network classifies rightly."""
+        sums = jax.device_get(self._evaluate(params, batch_stats))
+        return 100 * float(sums["top1"] / sums["examples"])
+
+    def _make_evaluate(self):
+        eval_step = make_eval_step(self.apply)
+        batches = list(self.dataset.evaluate(min(EVAL_BATCH, self.dataset.eval_size)))
+        stacked = {key: np.stack([batch[key] for batch in batches]) for key in ("image", "label", "mask")}
+
+        def evaluate(params, batch_stats):
+            sums = jax.lax.map(lambda batch: eval_step(params, batch_stats, batch), stacked)
+            return jax.tree.map(jnp.sum, sums)
+
+        return evaluate
+
+    def _initial_network(self, key: jax.Array) -> Network:
+        variables = self.module.init(key, jnp.zeros((1, *self.dataset.image_shape), jnp.float32), train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
