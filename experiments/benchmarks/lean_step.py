@@ -1,0 +1,225 @@
+"""What LTP adds to a training step: a step that prunes over a dense one of the same network.
+
+    python -m experiments.benchmarks.lean_step compile                # by the TPU compiler; needs libtpu, no TPU
+    python -m experiments.benchmarks.lean_step time --arch=resnet20   # by the clock, on the devices of this machine
+
+Two ways of pruning stand beside the dense step: LTP to a penalty, as in the paper, and LTP to a target compression.
+Results are added to `experiments/results/lean_step_compile.json` and `lean_step_time.json`, one row for each step.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
+from experiments.chips import topology
+from experiments.config import LtpConfig, TrainConfig
+from experiments.console import run_command
+from ltp_jax import models
+from ltp_jax.sharding import make_mesh
+
+RESULTS = Path(__file__).parents[1] / "results"
+METHODS = {"dense": None, "penalty": LtpConfig(), "target": LtpConfig(target_compression=10.0)}
+IMAGENET = 1_281_167
+PAPER = ("resnet50", "alexnet", "mobilenet_v2", "efficientnet_b0", "mixnet_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """FLOPs, bytes accessed, peak memory and collectives, as the compiler has them for a TPU slice."""
+
+    arch: tuple[str, ...] = PAPER
+    """The networks."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Of dense, penalty and target."""
+    topology: str = "v5e:4x4"
+    """The slice."""
+    images_per_chip: int = 256
+    """The batch of each chip."""
+    timeout: float = 3600.0
+    """Seconds that a compilation may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Step times, measured in turns in one run."""
+
+    arch: str = "resnet50"
+    """The network."""
+    image_size: int | None = None
+    """Side of the images in pixels; that of the network if nothing is said."""
+    batch_size: int = 32
+    """Images a step."""
+    steps: int = 30
+    """Steps of each kind that are timed, after three that are not."""
+
+
+def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, slice_name: str) -> Step:
+    """The step of an ImageNet run, dense or pruning."""
+    spec = models.spec(arch)
+    return Step(
+        module=models.create(arch, dtype=dtype),
+        train=TrainConfig(
+            epochs=30, batch_size=batch, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-5, label_smoothing=0.1
+        ),
+        ltp=METHODS[method],
+        image_shape=(size, size, spec.channels),
+        train_size=IMAGENET,
+        fsdp=1,
+        topology=slice_name,
+    )
+
+
+def run_compile(options: Compile) -> None:
+    """Compiles what is not in the results yet."""
+    path = RESULTS / "lean_step_compile.json"
+    chips = topology(options.topology).chips
+    for arch in options.arch:
+        for method in options.methods:
+            row = {
+                "arch": arch,
+                "method": method,
+                "topology": options.topology,
+                "images_per_chip": options.images_per_chip,
+            }
+            if any(all(old.get(key) == value for key, value in row.items()) for old in read(path)):
+                continue
+            size = models.spec(arch).input_size
+            step = training_step(
+                arch,
+                method,
+                size=size,
+                batch=chips * options.images_per_chip,
+                dtype=jnp.bfloat16,
+                slice_name=options.topology,
+            )
+            try:
+                figures = dataclasses.asdict(compile_step(step, options.timeout))
+            except CompileError as error:
+                print(f"{arch} {method}: {error}", flush=True)
+                continue
+            rows = read(path)  # another start of this benchmark may have added to it
+            write(path, [*rows, row | {"image_size": size, "jax": jax.__version__} | figures])
+            print(compile_table([r for r in read(path) if r["arch"] == arch]), flush=True)
+
+
+def compile_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, with ratios to the dense step of the same network."""
+    lines = [
+        "| network | step | GFLOP | GB accessed | peak GB | collectives |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        keys = ("arch", "topology", "images_per_chip")
+        base = next((r for r in rows if r["method"] == "dense" and all(r[k] == row[k] for k in keys)), row)
+
+        def cell(key: str, unit: float, row=row, base=base) -> str:
+            ratio = "" if row["method"] == "dense" else f" ({row[key] / base[key]:.4f})"
+            return f"{row[key] / unit:,.2f}{ratio}"
+
+        count = sum(kind["count"] for kind in row["collectives"].values())
+        figures = (cell("flops", 1e9), cell("bytes_accessed", 1e9), cell("peak_bytes", 1e9), str(count))
+        lines.append(f"| {row['arch']} | {row['method']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def run_time(options: Time) -> None:
+    """Times steps in turns, so that whatever else the machine does falls on all of them."""
+    size = options.image_size or models.spec(options.arch).input_size
+    mesh = make_mesh()
+    rng = np.random.default_rng(0)
+    running: dict[str, tuple[Any, Any, Any]] = {}
+    for method in METHODS:
+        step = training_step(
+            options.arch, method, size=size, batch=options.batch_size, dtype=jnp.float32, slice_name="none"
+        )
+        function, state, batch = abstract_step(step, mesh)
+        running[method] = function, _fill(state, rng), _fill(batch, rng)
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for turn in range(options.steps + 3):
+        order = list(METHODS) if turn % 2 else list(METHODS)[::-1]
+        for method in order:
+            function, state, batch = running[method]
+            start = time.perf_counter()
+            state = jax.block_until_ready(function(state, batch))
+            if turn >= 3:
+                seconds[method].append(time.perf_counter() - start)
+            running[method] = function, state, batch
+    row = {
+        "arch": options.arch,
+        "image_size": size,
+        "batch_size": options.batch_size,
+        "device": jax.devices()[0].device_kind,
+        "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        "seconds": {method: [round(s, 5) for s in times] for method, times in seconds.items()},
+        "median_seconds": {method: statistics.median(times) for method, times in seconds.items()},
+        # Of the ratios of neighbours in time: what slows the machine for a while slows both.
+        "ratio_to_dense": {
+            method: statistics.median(a / b for a, b in zip(times, seconds["dense"], strict=True))
+            for method, times in seconds.items()
+        },
+    }
+    path = RESULTS / "lean_step_time.json"
+    keys = ("arch", "image_size", "batch_size", "device")
+    write(path, [old for old in read(path) if any(old[key] != row[key] for key in keys)] + [row])
+    for method in METHODS:
+        print(f"{options.arch} {method}: {row['median_seconds'][method]:.4f} s, ×{row['ratio_to_dense'][method]:.4f}")
+
+
+def _fill(shapes: Any, rng: np.random.Generator) -> Any:
+    """Arrays of these shapes: small random floats, and the rest zeros but for images and keys."""
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> Any:
+        if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        name = jax.tree_util.keystr(path)
+        if shape.dtype == jnp.uint8:
+            return rng.integers(0, 255, shape.shape, np.uint8)
+        if "temperatures" in name:
+            return np.full(shape.shape, 1e-6, shape.dtype)
+        if jnp.issubdtype(shape.dtype, jnp.floating) and "params" in name:
+            return rng.normal(0, 0.05, shape.shape).astype(shape.dtype)
+        return np.full(shape.shape, "var" in name, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file; none if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows, one on a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    options = tyro.cli(
+        Annotated[Compile, tyro.conf.subcommand("compile")] | Annotated[Time, tyro.conf.subcommand("time")],
+        description=__doc__,
+    )
+    run_compile(options) if isinstance(options, Compile) else run_time(options)
+
+
+if __name__ == "__main__":
+    run_command(main)

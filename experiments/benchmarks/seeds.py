@@ -1,0 +1,75 @@
+"""Runs an experiment with several seeds and keeps the figures of their trails.
+
+python -m experiments.benchmarks.seeds
+python -m experiments.benchmarks.seeds --experiment fashion_mnist --options --data-dir /data/tfds
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from experiments.console import RunError, run_command
+from ltp_jax.trail import Trail, TrailError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Several seeds of one experiment."""
+
+    experiment: Literal["digits", "fashion_mnist", "cifar10"] = "digits"
+    """Which."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Their seeds: of initialisation, data order, augmentation and dropout."""
+    workdir: Path = Path("runs/seeds")
+    """Where the runs write; a finished one is not run again."""
+    out: Path | None = None
+    """The JSON file to write; experiments/results/EXPERIMENT.json if nothing is said."""
+    max_top1_drop: float = 1.0
+    """The entry of each trail that is told of: the sparsest at most so many points below its dense network."""
+    options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A word for the experiment's own command line; may be given several times."""
+
+
+def main() -> None:
+    config = tyro.cli(Seeds, description=__doc__)
+    runs = []
+    for seed in config.seeds:
+        workdir = config.workdir / f"{config.experiment}-{seed}"
+        words = ["--seed", str(seed), "--workdir", str(workdir), *config.options]
+        done = subprocess.run([sys.executable, "-m", f"experiments.{config.experiment}", *words], check=False)
+        if done.returncode:
+            raise RunError(f"the run with seed {seed} ended with code {done.returncode}; its message stands above")
+        trail = Trail(workdir)
+        runs.append({"seed": seed, "entries": [dataclasses.asdict(e) | {"gap": e.gap} for e in trail.entries]})
+        try:
+            entry, dense = trail.pick(max_top1_drop=config.max_top1_drop), trail.dense
+        except TrailError as error:
+            raise RunError(str(error)) from error
+        runs[-1]["picked"] = {
+            "epoch": entry.epoch,
+            "compression": entry.compression,
+            "top1": entry.top1,
+            "drop": dense.top1 - entry.top1,
+        }
+        runs[-1]["largest_gap"] = max(abs(e.gap) for e in trail.entries)
+    command = f"python -m experiments.benchmarks.seeds --experiment {config.experiment}"
+    picked = [run["picked"] for run in runs]
+    mean = {name: statistics.mean(p[name] for p in picked) for name in ("compression", "top1", "drop")} | {
+        "largest_gap": max(run["largest_gap"] for run in runs)
+    }
+    out = config.out or Path("experiments/results") / f"{config.experiment}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"command": command, "mean": mean, "runs": runs}, indent=1) + "\n")
+    for run, p in zip(runs, picked, strict=True):
+        print(f"seed {run['seed']}: {p['compression']:.2f}x, {p['drop']:+.2f} points below dense, epoch {p['epoch']}")
+    print(f"mean: {mean['compression']:.2f}x, {mean['drop']:+.2f} points below dense; written to {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
