@@ -29,7 +29,7 @@ class Cifar10Config(Config):
     """Training of the dense network."""
     train: TrainConfig = TrainConfig(epochs=30, batch_size=128, learning_rate=0.05, weight_decay=1e-4)
     """Training while pruning."""
-    ltp: LtpConfig = LtpConfig(target_compression=8.0, prune=0.5)
+    ltp: LtpConfig = LtpConfig(target_compression=8.0)
 
 
 def main() -> None:

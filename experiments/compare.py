@@ -43,8 +43,9 @@ NETWORKS = {
     ),
     "resnet20": (
         data.cifar10,
-        TrainConfig(epochs=60, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
-        TrainConfig(epochs=30, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
+        # Three core-minutes an epoch: as much as a grid of runs can have, and far from convergence.
+        TrainConfig(epochs=5, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
+        TrainConfig(epochs=3, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
     ),
 }
 
@@ -72,6 +73,8 @@ class CompareConfig:
     """Of the dense network, the order of the data, and nothing else."""
     tuning_seeds: tuple[int, ...] = (0, 1)
     """Those of tuning, which judges a setting by their mean."""
+    settings_of: Literal["lenet_300_100", "lenet5", "resnet20"] | None = None
+    """Network whose tuning chooses the settings, relative to each network's own rate; its own if nothing is said."""
     data_dir: str | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     workdir: Path = Path("runs/compare")
@@ -120,9 +123,9 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
             shares = (0.2, 0.5, 0.8)
             return [Trial(learning_rate=rate, prune=share, weight_decay=decay) for decay in decays for share in shares]
         case "str":
-            # What it prunes goes by the product of rate and decay; these three lie around 32×.
+            # What it prunes goes by the product of rate, decay and steps; these three lie around 32×.
             return [
-                Trial(learning_rate=f * rate, initial=-5.0, weight_decay=product / (f * rate))
+                Trial(learning_rate=f * rate, initial=-5.0, weight_decay=product * (10 / train.epochs) / (f * rate))
                 for f in (0.2, 0.5, 1)
                 for product in (1.2e-4, 2e-4, 3e-4)
             ]
@@ -230,15 +233,9 @@ def chosen(method: str, tuned: Sequence[Cell]) -> Trial:
 
     STR has no target: its settings are learning rates with several decays each. The rate is chosen that does best at
     the compression of tuning, between the decays; the decay is that of ``decay_for`` then.
-
-    Raises:
-      ConfigError: if the method was not tuned.
     """
-    cells = [cell for cell in tuned if cell["method"] == method]
-    if not cells:
-        raise ConfigError(f"{method} is not tuned yet: python -m experiments.compare tune --methods {method}")
     groups: dict[Trial, list[Cell]] = {}
-    for cell in cells:
+    for cell in compare_report.select(tuned, method=method):
         trial = without_decay(cell) if method == "str" else Trial(**cell["trial"])
         groups.setdefault(trial, []).append(cell)
 
@@ -249,6 +246,29 @@ def chosen(method: str, tuned: Sequence[Cell]) -> Trial:
         return sum(cell["top1"] for cell in group) / len(group)
 
     return max(groups, key=top1)
+
+
+def tuning(config: CompareConfig) -> list[Cell]:
+    """The runs of tuning. Those of another network are given the settings of the same place in this network's list.
+
+    Raises:
+      ConfigError: if one of the methods was not tuned.
+    """
+    source = config.settings_of or config.arch
+    load, _, their_train = NETWORKS[source]
+    cells = compare_report.read_cells(config.results / f"{load.__name__}_held_out_{source}")
+    if missing := [method for method in config.methods if not compare_report.select(cells, method=method)]:
+        command = f"python -m experiments.compare tune --arch={source} --methods {' '.join(missing)}"
+        raise ConfigError(f"{', '.join(missing)} not tuned yet for {source}: {command}")
+    if source == config.arch:
+        return cells
+    _, _, train = NETWORKS[config.arch]
+    translated = []
+    for cell in cells:
+        place = trials(cell["method"], their_train).index(Trial(**cell["trial"]))
+        trial = trials(cell["method"], train)[place]
+        translated.append(cell | {"trial": dataclasses.asdict(trial)})
+    return translated
 
 
 def without_decay(cell: Cell) -> Trial:
@@ -278,7 +298,7 @@ def decay_for(compression: float, trial: Trial, cells: Sequence[Cell]) -> Trial:
 def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
     folder = config.results / f"{harness.dataset.name}_{config.arch}"
-    tuned = compare_report.read_cells(config.results / f"{harness.dataset.name}_held_out_{config.arch}")
+    tuned = tuning(config)
     settings = {method: chosen(method, tuned) for method in config.methods}
     for compression in config.compressions:
         for method, trial in settings.items():
@@ -325,10 +345,10 @@ def main() -> None:
             raise ConfigError(f"there are no runs in {folder}: python -m experiments.compare run --arch={config.arch}")
         for path in compare_report.write(folder, Path("docs")):
             print(path)
-        tuning = config.results / f"{load.__name__}_held_out_{config.arch}"
-        if cells := compare_report.read_cells(tuning):
-            (tuning / "table.md").write_text(compare_report.tuning_markdown(cells))
-            print(tuning / "table.md")
+        held_out = config.results / f"{load.__name__}_held_out_{config.arch}"
+        if cells := compare_report.read_cells(held_out):
+            (held_out / "table.md").write_text(compare_report.tuning_markdown(cells))
+            print(held_out / "table.md")
         return
     dataset = load(config.data_dir)
     if config.command == "tune":

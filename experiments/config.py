@@ -76,7 +76,7 @@ class LtpConfig:
     """The same as a share of the prunable weights."""
     target_macs: float | None = None
     """The same as a compression of the multiply-accumulates of one image: weights count as often as they are used."""
-    prune: float = 0.2
+    prune: float = 0.5
     """With a target: share of the run in which the density descends to it."""
     select: float = 0.75
     """With a target: share of the run after which the masks are fixed."""

@@ -27,7 +27,7 @@ class DigitsConfig(Config):
     """Training of the dense network."""
     train: TrainConfig = TrainConfig(epochs=30, batch_size=64, learning_rate=0.05, warmup_epochs=1)
     """Training while pruning."""
-    ltp: LtpConfig = LtpConfig(target_compression=16.0, prune=0.5)
+    ltp: LtpConfig = LtpConfig(target_compression=16.0)
 
 
 def main() -> None:

@@ -167,8 +167,24 @@ def test_tuning_chooses_the_best_mean():
     slow, fast = compare.Trial(learning_rate=0.1), compare.Trial(learning_rate=0.2)
     cells = [tuned("one_shot", t, top1=top1) for t, top1 in ((slow, 80), (slow, 90), (fast, 86), (fast, 85))]
     assert compare.chosen("one_shot", cells) == fast
-    with pytest.raises(ConfigError, match="gmp_global is not tuned yet"):
-        compare.chosen("gmp_global", cells)
+
+
+def test_settings_of_another_network_are_those_at_the_same_place(tmp_path):
+    _, _, theirs = compare.NETWORKS["lenet_300_100"]
+    _, _, ours = compare.NETWORKS["resnet20"]
+    folder = tmp_path / "fashion_mnist_held_out_lenet_300_100"
+    folder.mkdir()
+    for place, top1 in ((0, 80.0), (7, 90.0)):
+        trial = compare.trials("gmp_global", theirs)[place]
+        (folder / f"{place}.json").write_text(json.dumps(tuned("gmp_global", trial, top1=top1)))
+    config = compare.CompareConfig(
+        command="run", arch="resnet20", methods=("gmp_global",), settings_of="lenet_300_100", results=tmp_path
+    )
+    # The eighth of gradual magnitude pruning: half of the run, the largest decay, at the network's own rate of 0.05.
+    assert compare.trials("gmp_global", ours)[7] == compare.Trial(learning_rate=0.05, prune=0.5, weight_decay=2e-3)
+    assert compare.chosen("gmp_global", compare.tuning(config)) == compare.trials("gmp_global", ours)[7]
+    with pytest.raises(ConfigError, match=r"gmp_global not tuned yet for resnet20: .* tune --arch=resnet20 --methods"):
+        compare.tuning(dataclasses.replace(config, settings_of=None))
 
 
 def str_cell(rate, decay, compression, top1):
