@@ -165,8 +165,10 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     """Density per layer of LTP, global magnitude and STR side by side, a panel for each compression."""
     methods = ("ltp", "gmp_global", "str")
     wanted = [c for c in compressions(cells) if select(cells, method="ltp", compression=c)]
-    figure = Figure(figsize=(3.2 * len(wanted), 4), layout="constrained")
-    panels = figure.subplots(1, len(wanted), sharey=True, squeeze=False)[0]
+    deep = max(len(cell["densities"]) for cell in cells) > 8
+    rows, columns = (len(wanted), 1) if deep else (1, len(wanted))
+    figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (3.2 * columns, 4), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, compression in zip(panels, wanted, strict=True):
         titles = []
         for i, method in enumerate(methods):
@@ -185,8 +187,9 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
         )
         axes.set_title(", ".join(titles), fontsize=9)
         axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("kept weights of the layer, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.supylabel("kept weights of the layer, %", fontsize=10)
+    bars = {label: bar for axes in panels for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(methods))
     figure.suptitle(f"{cells[0]['network']} on {cells[0]['dataset']}: where the weights are left, mean over seeds")
     _save(figure, path)
 
