@@ -80,7 +80,6 @@ class Jobs:
                     f"--distributed.coordinator-address=127.0.0.1:{port}",
                     f"--distributed.num-processes={processes}",
                     f"--distributed.process-id={i}",
-                    "--distributed.heartbeat-timeout=10",
                 ]
                 if processes > 1
                 else []
