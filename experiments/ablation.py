@@ -7,7 +7,6 @@ All on LeNet-300-100 with batch normalisation and Fashion-MNIST, judged on train
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import tyro
 import ltp_jax as ltp
 from experiments.baselines import gradual_magnitude
 from experiments.compare import HELD_OUT, NETWORKS
-from experiments.compare_report import read_cells, spread
+from experiments.compare_report import read_cells, spread, write_cell
 from experiments.config import ConfigError, TrainConfig
 from experiments.console import run_command
 from experiments.harness import Harness, Run, hold_out
@@ -253,8 +252,8 @@ def main() -> None:
         return
     if unknown := [variant for variant in config.variants if variant not in VARIANTS]:
         raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
-    load, pretrain, _ = NETWORKS[ARCH]
-    harness = Harness(hold_out(load(config.data_dir), HELD_OUT), ARCH, config.workdir, pretrain)
+    setup = NETWORKS[ARCH]
+    harness = Harness(hold_out(setup.load(config.data_dir), HELD_OUT), ARCH, config.workdir, setup.pretrain)
     for variant in config.variants or VARIANTS:
         missing = [seed for seed in config.seeds if not (config.results / file_name(variant, seed)).exists()]
         if not missing:
@@ -265,9 +264,7 @@ def main() -> None:
         run = harness.compiled(pruner, train, distill)
         for seed in missing:
             figures = {"variant": variant, "seed": seed} | measure(harness, run, pruner, seed)
-            config.results.mkdir(parents=True, exist_ok=True)
-            path = config.results / file_name(variant, seed)
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+            write_cell(config.results / file_name(variant, seed), figures)
             print(f"{variant}, seed {seed}: {figures['compression']:.2f}× at {figures['top1']:.2f} %", flush=True)
 
 

@@ -6,11 +6,10 @@ python -m experiments.compare report  # the table and the pictures of what is th
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,30 +21,51 @@ from experiments import baselines, compare_report, data
 from experiments.compare_report import Cell
 from experiments.config import ConfigError, TrainConfig
 from experiments.console import run_command
+from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, hold_out
 from experiments.run import weights_optimizer
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.target import target_density
 
 HELD_OUT = 10_000  # training images that settings are judged on
-TUNING_COMPRESSION = 32.0
+
+
+class Setup(NamedTuple):
+    """How methods are compared on a network.
+
+    Attributes:
+      load: its dataset; the function has the name of the dataset.
+      pretrain: how it is trained before it is pruned.
+      train: and while it is.
+      compressions: those of the grid.
+      tuning_compression: the one that settings are judged at.
+    """
+
+    load: Callable[[str | None], InMemoryDataset]
+    pretrain: TrainConfig
+    train: TrainConfig
+    compressions: tuple[float, ...] = (8, 16, 32, 64, 128)
+    tuning_compression: float = 32
+
+
 NETWORKS = {
-    # network: its dataset, how it is trained before pruning, and while it is pruned
-    "lenet_300_100": (
+    "lenet_300_100": Setup(
         data.fashion_mnist,
         TrainConfig(epochs=15, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
         TrainConfig(epochs=10, batch_size=128, learning_rate=0.1, weight_decay=5e-4),
     ),
-    "lenet5": (
+    "lenet5": Setup(
         data.fashion_mnist,
         TrainConfig(epochs=6, batch_size=128, learning_rate=0.02, warmup_epochs=1, weight_decay=5e-4),
         TrainConfig(epochs=5, batch_size=128, learning_rate=0.02, weight_decay=5e-4),
     ),
-    "resnet20": (
+    "resnet20": Setup(
         data.cifar10,
         # Three core-minutes an epoch: as much as a grid of runs can have, and far from convergence.
         TrainConfig(epochs=5, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
         TrainConfig(epochs=3, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
+        compressions=(5, 10, 20),
+        tuning_compression=10,
     ),
 }
 
@@ -67,8 +87,8 @@ class CompareConfig:
         "ltp",
     )
     """Which methods."""
-    compressions: tuple[float, ...] = (8, 16, 32, 64, 128)
-    """Prunable weights over those kept."""
+    compressions: tuple[float, ...] = ()
+    """Prunable weights over those kept; 8 16 32 64 128, or for resnet20 5 10 20, if nothing is said."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Of the dense network, the order of the data, and nothing else."""
     tuning_seeds: tuple[int, ...] = (0, 1)
@@ -81,9 +101,18 @@ class CompareConfig:
     """Where dense networks are kept."""
     results: Path = Path("experiments/results/compare")
     """Where the figures are kept, a file for each run."""
+    pictures: Path = Path("docs")
+    """Where the pictures of a report go."""
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        for option, values in (
+            ("--methods", self.methods),
+            ("--seeds", self.seeds),
+            ("--tuning-seeds", self.tuning_seeds),
+        ):
+            if not values:
+                raise ConfigError(f"{option} is empty; accepted is one or more")
         for compression in self.compressions:
             if not compression > 1:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is more than 1")
@@ -123,7 +152,7 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
             shares = (0.2, 0.5, 0.8)
             return [Trial(learning_rate=rate, prune=share, weight_decay=decay) for decay in decays for share in shares]
         case "str":
-            # What it prunes goes by the product of rate, decay and steps; these three lie around 32×.
+            # What it prunes goes by the product of rate, decay and steps; these three lie around 32× on LeNet-300-100.
             return [
                 Trial(learning_rate=f * rate, initial=-5.0, weight_decay=product * (10 / train.epochs) / (f * rate))
                 for f in (0.2, 0.5, 1)
@@ -189,16 +218,18 @@ def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compr
     """Runs those of the cells, given as file and seed, that are not on disk, or are there with another setting."""
 
     def is_there(path: Path) -> bool:
-        return path.exists() and Trial(**json.loads(path.read_text())["trial"]) == trial
+        return path.exists() and Trial(**compare_report.read_cell(path)["trial"]) == trial
 
     missing = [(path, seed) for path, seed in cells if not is_there(path)]
     if not missing:
         return
-    _, _, train = NETWORKS[harness.arch]
-    train = dataclasses.replace(train, learning_rate=trial.learning_rate)
+    train = dataclasses.replace(NETWORKS[harness.arch].train, learning_rate=trial.learning_rate)
     if trial.weight_decay:
         train = dataclasses.replace(train, weight_decay=trial.weight_decay)
-    pruner = make_pruner(method, harness.plan, compression, train, harness.steps(train), trial)
+    try:
+        pruner = make_pruner(method, harness.plan, compression, train, harness.steps(train), trial)
+    except ValueError as error:
+        raise ConfigError(f"--compressions has {compression:g}, which {method} cannot meet: {error}") from error
     compiled, harden = harness.compiled(pruner, train), jax.jit(pruner.harden)
     for path, seed in missing:
         figures = run_cell(harness, compiled, harden, seed)
@@ -211,25 +242,27 @@ def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compr
             "trial": dataclasses.asdict(trial),
             "epochs_trained": train.epochs,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(about | figures, indent=1) + "\n")
-        temporary.replace(path)
+        compare_report.write_cell(path, about | figures)
         print(f"{path.stem}: {figures['achieved']:.2f}× at {figures['top1']:.2f} %", flush=True)
 
 
 def tune(config: CompareConfig, harness: Harness) -> None:
     """Runs every setting of every method at one compression on the held-out training images."""
-    folder = config.results / f"{harness.dataset.name}_{config.arch}"
-    _, _, train = NETWORKS[harness.arch]
+    setup = NETWORKS[config.arch]
     for method in config.methods:
-        for i, trial in enumerate(trials(method, train)):
-            cells = [(folder / f"{method}_trial{i}_{seed}.json", seed) for seed in config.tuning_seeds]
-            fill(harness, cells, method, TUNING_COMPRESSION, trial)
+        for i, trial in enumerate(trials(method, setup.train)):
+            cells = [(tuning_file(config, config.arch, method, i, seed), seed) for seed in config.tuning_seeds]
+            fill(harness, cells, method, setup.tuning_compression, trial)
 
 
-def chosen(method: str, tuned: Sequence[Cell]) -> Trial:
-    """The setting that did best in tuning.
+def tuning_file(config: CompareConfig, arch: str, method: str, place: int, seed: int) -> Path:
+    """The file of a setting, by its place in the list of its method's trials."""
+    folder = config.results / f"{NETWORKS[arch].load.__name__}_held_out_{arch}"
+    return folder / f"{method}_trial{place}_{seed}.json"
+
+
+def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
+    """The setting that did best in tuning, at the compression of that.
 
     STR has no target: its settings are learning rates with several decays each. The rate is chosen that does best at
     the compression of tuning, between the decays; the decay is that of ``decay_for`` then.
@@ -242,7 +275,7 @@ def chosen(method: str, tuned: Sequence[Cell]) -> Trial:
     def top1(trial: Trial) -> float:
         group = groups[trial]
         if method == "str":
-            return at(TUNING_COMPRESSION, [(cell["achieved"], cell["top1"]) for cell in group])
+            return at(compression, [(cell["achieved"], cell["top1"]) for cell in group])
         return sum(cell["top1"] for cell in group) / len(group)
 
     return max(groups, key=top1)
@@ -252,23 +285,24 @@ def tuning(config: CompareConfig) -> list[Cell]:
     """The runs of tuning. Those of another network are given the settings of the same place in this network's list.
 
     Raises:
-      ConfigError: if one of the methods was not tuned.
+      ConfigError: if a setting of one of the methods was not tried with every seed of tuning.
     """
     source = config.settings_of or config.arch
-    load, _, their_train = NETWORKS[source]
-    cells = compare_report.read_cells(config.results / f"{load.__name__}_held_out_{source}")
-    if missing := [method for method in config.methods if not compare_report.select(cells, method=method)]:
-        command = f"python -m experiments.compare tune --arch={source} --methods {' '.join(missing)}"
-        raise ConfigError(f"{', '.join(missing)} not tuned yet for {source}: {command}")
-    if source == config.arch:
-        return cells
-    _, _, train = NETWORKS[config.arch]
-    translated = []
-    for cell in cells:
-        place = trials(cell["method"], their_train).index(Trial(**cell["trial"]))
-        trial = trials(cell["method"], train)[place]
-        translated.append(cell | {"trial": dataclasses.asdict(trial)})
-    return translated
+    theirs, ours = NETWORKS[source].train, NETWORKS[config.arch].train
+    cells, missing = [], []
+    for method in config.methods:
+        for i, (tried, trial) in enumerate(zip(trials(method, theirs), trials(method, ours), strict=True)):
+            for path in (tuning_file(config, source, method, i, seed) for seed in config.tuning_seeds):
+                cell = compare_report.read_cell(path) if path.exists() else None
+                if cell is None or Trial(**cell["trial"]) != tried:
+                    missing.append(method)
+                else:
+                    cells.append(cell | {"trial": dataclasses.asdict(trial)})
+    if missing:
+        methods, seeds = " ".join(dict.fromkeys(missing)), " ".join(map(str, config.tuning_seeds))
+        command = f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds}"
+        raise ConfigError(f"{len(missing)} runs of the tuning on {source} are missing: {command}")
+    return cells
 
 
 def without_decay(cell: Cell) -> Trial:
@@ -299,8 +333,9 @@ def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
     folder = config.results / f"{harness.dataset.name}_{config.arch}"
     tuned = tuning(config)
-    settings = {method: chosen(method, tuned) for method in config.methods}
-    for compression in config.compressions:
+    judged_at = NETWORKS[config.settings_of or config.arch].tuning_compression
+    settings = {method: chosen(method, tuned, judged_at) for method in config.methods}
+    for compression in config.compressions or NETWORKS[config.arch].compressions:
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"
             cells = [(folder / f"{name}_{seed}.json", seed) for seed in config.seeds]
@@ -321,14 +356,14 @@ def search_decay(
         return abs(cell["achieved"] / compression - 1) < 0.05
 
     if path.exists():
-        cell = json.loads(path.read_text())
+        cell = compare_report.read_cell(path)
         if is_near(cell) and without_decay(cell) == trial:
             return Trial(**cell["trial"])
     aim = compression
     for _ in range(4):
         found = decay_for(aim, trial, tuned)
         fill(harness, [(path, seed)], "str", compression, found)
-        cell = json.loads(path.read_text())
+        cell = compare_report.read_cell(path)
         if is_near(cell):
             break
         aim *= compression / cell["achieved"]
@@ -338,23 +373,23 @@ def search_decay(
 def main() -> None:
     config = tyro.cli(CompareConfig, description=__doc__)
     config.check()
-    load, pretrain, _ = NETWORKS[config.arch]
+    setup = NETWORKS[config.arch]
     if config.command == "report":
-        folder = config.results / f"{load.__name__}_{config.arch}"  # loaders have the names of their datasets
+        folder = config.results / f"{setup.load.__name__}_{config.arch}"
         if not compare_report.read_cells(folder):
             raise ConfigError(f"there are no runs in {folder}: python -m experiments.compare run --arch={config.arch}")
-        for path in compare_report.write(folder, Path("docs")):
+        for path in compare_report.write(folder, config.pictures):
             print(path)
-        held_out = config.results / f"{load.__name__}_held_out_{config.arch}"
+        held_out = config.results / f"{setup.load.__name__}_held_out_{config.arch}"
         if cells := compare_report.read_cells(held_out):
             (held_out / "table.md").write_text(compare_report.tuning_markdown(cells))
             print(held_out / "table.md")
         return
-    dataset = load(config.data_dir)
+    dataset = setup.load(config.data_dir)
     if config.command == "tune":
-        tune(config, Harness(hold_out(dataset, HELD_OUT), config.arch, config.workdir, pretrain))
+        tune(config, Harness(hold_out(dataset, HELD_OUT), config.arch, config.workdir, setup.pretrain))
     else:
-        grid(config, Harness(dataset, config.arch, config.workdir, pretrain))
+        grid(config, Harness(dataset, config.arch, config.workdir, setup.pretrain))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.config import ConfigError
 from ltp_jax.target import planned_density
 
 LABELS = {
@@ -20,34 +21,53 @@ LABELS = {
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
+SIDE_BY_SIDE = ("ltp", "gmp_global", "str")
+"""The methods whose densities are shown layer by layer."""
 
 Cell = dict[str, Any]
 
 
+def write_cell(path: Path, cell: Cell) -> None:
+    """Writes a run; the file is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(cell, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_cell(path: Path) -> Cell:
+    """A run. Raises ConfigError if the file is no such thing."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no record of a run ({error}); remove it, and it is run again") from error
+
+
 def read_cells(folder: Path) -> list[Cell]:
     """All runs of a folder, by file name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [read_cell(path) for path in sorted(folder.glob("*.json"))]
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
-    """Writes the table to the folder and the pictures to the documentation.
+    """Writes the table to the folder and the pictures to the documentation, as far as there is something to show.
 
     Returns:
       The files.
     """
     cells = read_cells(folder)
     docs.mkdir(parents=True, exist_ok=True)
-    paths = [
-        folder / "table.md",
-        docs / f"compare_{folder.name}.png",
-        docs / f"density_{folder.name}.png",
-        docs / f"plan_{folder.name}.png",
-    ]
-    paths[0].write_text(markdown(cells))
-    draw_accuracy(cells, paths[1])
-    draw_densities(cells, paths[2])
-    draw_plan(cells, paths[3])
-    return paths
+    table = folder / "table.md"
+    table.write_text(markdown(cells))
+    pruned = [cell for cell in cells if cell["compression"] is not None]
+    pictures = {
+        docs / f"compare_{folder.name}.png": (draw_accuracy, pruned),
+        docs / f"density_{folder.name}.png": (draw_densities, [c for c in pruned if c["method"] in SIDE_BY_SIDE]),
+        docs / f"plan_{folder.name}.png": (draw_plan, select(pruned, method="ltp")),
+    }
+    drawn = {path: (draw, shown) for path, (draw, shown) in pictures.items() if shown}
+    for path, (draw, shown) in drawn.items():
+        draw(shown, path)
+    return [table, *drawn]
 
 
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
@@ -92,15 +112,17 @@ def markdown(cells: Sequence[Cell]) -> str:
             row.append(text)
         if any(text != "–" for text in row):
             lines.append(f"| {label} | " + " | ".join(row) + " |")
-    row = []
-    for compression in wanted:
-        ours, theirs = (
-            {cell["seed"]: cell["top1"] for cell in select(cells, method=method, compression=compression)}
-            for method in ("ltp", "gmp_global")
-        )
-        differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        row.append(counted_spread(differences) if differences else "–")
-    lines.append(f"| {LABELS['ltp']} less {LABELS['gmp_global']}, seed by seed | " + " | ".join(row) + " |")
+    for rival in ("gmp_global", "str"):
+        row = []
+        for compression in wanted:
+            ours, theirs = (
+                {cell["seed"]: cell["top1"] for cell in select(cells, method=method, compression=compression)}
+                for method in ("ltp", rival)
+            )
+            differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            row.append(counted_spread(differences) if differences else "–")
+        if any(text != "–" for text in row):
+            lines.append(f"| {LABELS['ltp']} less {LABELS[rival]}, seed by seed | " + " | ".join(row) + " |")
     first = {cell["seed"]: cell["dense_top1"] for cell in cells}
     lines += ["", f"Dense network that all start from: {counted_spread(list(first.values()))}."]
     if more := select(cells, method="dense"):
@@ -151,7 +173,9 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(wanted, [f"{c:g}×" for c in wanted])
     axes.minorticks_off()
-    lowest = min(cell["top1"] for cell in cells if cell["method"] in ("ltp", "gmp_global"))
+    # The best methods fill the picture; others may leave it where they fail.
+    best = [cell for cell in cells if cell["method"] in ("ltp", "gmp_global")] or cells
+    lowest = min(cell["top1"] for cell in best)
     axes.set_ylim(math.floor(lowest) - 1.5, dense + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
     axes.set_ylabel("top-1 on held-out images, %")
@@ -163,15 +187,14 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
 
 def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     """Density per layer of LTP, global magnitude and STR side by side, a panel for each compression."""
-    methods = ("ltp", "gmp_global", "str")
-    wanted = [c for c in compressions(cells) if select(cells, method="ltp", compression=c)]
+    wanted = compressions(cells)
     deep = max(len(cell["densities"]) for cell in cells) > 8
     rows, columns = (len(wanted), 1) if deep else (1, len(wanted))
     figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (3.2 * columns, 4), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, compression in zip(panels, wanted, strict=True):
         titles = []
-        for i, method in enumerate(methods):
+        for i, method in enumerate(SIDE_BY_SIDE):
             found = select(cells, method=method, compression=compression)
             if not found:
                 continue
@@ -189,18 +212,17 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     figure.supylabel("kept weights of the layer, %", fontsize=10)
     bars = {label: bar for axes in panels for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(methods))
+    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(SIDE_BY_SIDE))
     figure.suptitle(f"{cells[0]['network']} on {cells[0]['dataset']}: where the weights are left, mean over seeds")
     _save(figure, path)
 
 
 def draw_plan(cells: Sequence[Cell], path: Path) -> None:
-    """Density after every epoch of LTP, of each compression and seed, against the plan that it follows."""
-    found = select(cells, method="ltp")
+    """Density after every epoch of runs of LTP, of each compression and seed, against the plan that they follow."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for i, compression in enumerate(compressions(found)):
-        group = select(found, compression=compression)
+    for i, compression in enumerate(compressions(cells)):
+        group = select(cells, compression=compression)
         epochs = group[0]["epochs_trained"]
         # Settings differ in when the descent ends, and so do the plans.
         for share in {cell["trial"]["prune"] for cell in group}:

@@ -56,19 +56,24 @@ def markdown(entries: Sequence[Entry], title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Held-out accuracy of the hard-pruned networks. The gap is what top-1 loses when soft masks become hard;",
+        "Held-out accuracy of the hard-pruned networks, and by how much their prunable weights and the",
+        "multiply-accumulates (MACs) of those became fewer. The gap is what top-1 loses when soft masks become hard;",
         "an entry is on the Pareto front (*) when no other is both sparser and more accurate.",
         "",
-        "| epoch | compression | density | top-1 % | below dense | top-5 % | loss | gap | |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|:-:|",
+        "| epoch | compression | density | MACs | top-1 % | below dense | top-5 % | loss | gap | |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|:-:|",
     ]
     lines += [
-        f"| {e.epoch} | {e.compression:.2f}× | {e.density:.2%} | {e.top1:.2f} | {dense - e.top1:+.2f} | {e.top5:.2f} "
-        f"| {e.loss:.4f} | {e.gap:+.2f} | {'*' if e.epoch in front else ''} |"
+        f"| {e.epoch} | {e.compression:.2f}× | {e.density:.2%} | {_macs(e)} | {e.top1:.2f} | {dense - e.top1:+.2f} "
+        f"| {e.top5:.2f} | {e.loss:.4f} | {e.gap:+.2f} | {'*' if e.epoch in front else ''} |"
         for e in entries
     ]
     lines += ["", *(f"![{name}]({name}.png)" for name in ("accuracy", "density", "thresholds")), ""]
     return "\n".join(lines)
+
+
+def _macs(entry: Entry) -> str:
+    return "–" if entry.macs_compression is None else f"{entry.macs_compression:.2f}×"
 
 
 def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:

@@ -41,9 +41,10 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
     def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
         # Copied, since a module writes to its variables and those given belong to the caller's trace.
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        if train and key is not None:
+        if train:
             model.train()
-            nnx.reseed(model, default=key, dropout=key)
+            if key is not None:
+                nnx.reseed(model, default=key, dropout=key)
         else:
             model.eval()
         logits = model(preprocess(images))

@@ -4,6 +4,9 @@ The threshold of a layer is written ``√τ_l = m · exp(a_l)``. The common scal
 every step so that the kept weights follow the planned curve. The offsets ``a_l`` belong to the loss: they descend its
 gradient, less the component that would only change how much is pruned. That component is the multiplier λ of LTP's
 penalty, which is thereby set by the budget and no longer by the user.
+
+The offsets begin at ``log std(|w_l|)``: thresholds are compared across layers in units of each layer's spread, as the
+temperatures of eq. 15 are, and rescaling a layer that batch normalisation follows does not change what is pruned.
 """
 
 import math
@@ -36,8 +39,8 @@ class TargetState(flax.struct.PyTreeNode):
 
     Attributes:
       prune: what the verbs of the library take.
-      log_scale: ``log m``, a float32 scalar; ``m`` is in units of ``w``.
-      offsets: ``a_l`` by path, float32 scalars.
+      log_scale: ``log m``, a float32 scalar; ``m`` has no unit.
+      offsets: ``a_l`` by path, float32 scalars; ``exp(a_l)`` is in units of ``w``.
       optimizer: the state of the offsets' optimizer.
     """
 
@@ -120,7 +123,7 @@ def target_density(
 
     def init(params: Params) -> TargetState:
         prune = transform.init(params, plan, t0)
-        offsets = {path: jnp.zeros((), jnp.float32) for path in sizes}
+        offsets = {path: jnp.log(temperature / t0) / 2 for path, temperature in prune.temperatures.items()}
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step.
         scale = solve_scale(params, offsets, planned(1), shares)
         return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets))
@@ -133,13 +136,16 @@ def target_density(
         fixed = step >= select_steps
         params = project(params, old_params, state.thresholds, fixed)
         density_now, slopes, narrow = measure(params, state.thresholds, shares)
-        log_scale = state.log_scale + newton_step(density_now, slopes, planned(step + 1))
+        # Before the first step the network is whole, and the scale is that of the plan after it already.
+        move = jnp.where(step == 0, 0, newton_step(density_now, slopes, planned(step + 1)))
+        log_scale = state.log_scale + move
         loss_grads = {path: g * 2 * state.thresholds[path] for path, g in grads.items()}  # ∂L/∂a = 2τ · ∂L/∂τ
         updates, optimizer_state = optimizer.update(
             without_component(loss_grads, slopes), state.optimizer, state.offsets
         )
         moved = cast(Scalars, optax.apply_updates(state.offsets, updates))
-        offsets = {path: jnp.where(narrow[path], state.offsets[path] - SLOPE_WIDTH, a) for path, a in moved.items()}
+        fall = SLOPE_WIDTH + jnp.maximum(move, 0)  # whatever the common scale does, this layer's threshold falls
+        offsets = {path: jnp.where(narrow[path], state.offsets[path] - fall, a) for path, a in moved.items()}
         prune = state.prune.replace(thresholds=scaled_thresholds(jnp.exp(log_scale), offsets))
         selected = TargetState(prune, log_scale, offsets, optimizer_state)
         exact = jax.lax.cond(
@@ -150,7 +156,10 @@ def target_density(
         hard = state.replace(prune=PruneState(exact, {path: jnp.float32(FIXED_TEMPERATURE) for path in sizes}))
         return params, jax.tree.map(lambda soft, hard: jnp.where(step + 1 >= select_steps, hard, soft), selected, hard)
 
-    return Pruner(init, soften, update, lambda params, state: transform.hard_prune(params, state.prune))
+    def harden(params, state):
+        return transform.hard_prune(params, state.prune.replace(thresholds=keep_one(params, state.thresholds)))
+
+    return Pruner(init, soften, update, harden)
 
 
 def scaled_thresholds(scale: jax.Array, offsets: Scalars) -> Scalars:
@@ -229,9 +238,7 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: jax.
 
 
 def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
-    """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density.
-
-    A layer of which they would leave nothing keeps its largest weight.
+    """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
     Args:
       params: the parameters.
@@ -239,14 +246,18 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
       density: share of the total cost that is left, in (0, 1].
       shares: the cost of one weight of each tensor over that of all weights, by path.
     """
-    leaves = dict(named_leaves(params))
-    thresholds = scaled_thresholds(solve_scale(params, offsets, density, shares), offsets)
+    return keep_one(params, scaled_thresholds(solve_scale(params, offsets, density, shares), offsets))
 
-    def keep_one(path: str, tau: jax.Array) -> jax.Array:
+
+def keep_one(params: Params, thresholds: Scalars) -> Scalars:
+    """The thresholds by path, lowered where a layer would be left without a weight: it keeps its largest."""
+    leaves = dict(named_leaves(params))
+
+    def below_the_largest(path: str, tau: jax.Array) -> jax.Array:
         largest = jnp.max(jnp.square(leaves[path].astype(jnp.float32)))
         return jnp.minimum(tau, jnp.nextafter(largest, jnp.float32(0)))
 
-    return {path: keep_one(path, tau) for path, tau in thresholds.items()}
+    return {path: below_the_largest(path, tau) for path, tau in thresholds.items()}
 
 
 def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> jax.Array:

@@ -37,6 +37,8 @@ class Entry:
       loss: its mean cross entropy there, in nats.
       soft_top1, soft_top5, soft_loss: the same for the soft-pruned network that is trained.
       train_loss: mean loss of the soft-pruned network over the epoch's training batches; None before the first epoch.
+      macs_compression: multiply-accumulates of the prunable weights for one input over those of the weights kept; None
+        if the writer did not count them.
     """
 
     epoch: int
@@ -52,6 +54,7 @@ class Entry:
     soft_top5: float
     soft_loss: float
     train_loss: float | None = None
+    macs_compression: float | None = None
 
     @property
     def gap(self) -> float:

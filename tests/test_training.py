@@ -196,6 +196,15 @@ def test_linen_and_nnx_train_alike(variables):
     np.testing.assert_allclose(nnx_logits, linen_logits, rtol=1e-3, atol=1e-4)
 
 
+def test_nnx_trains_without_a_key():
+    graphdef, params, rest = nnx.split(networks.NnxNet(nnx.Rngs(0)), nnx.Param, ...)
+    _, after = nnx_apply(graphdef)(params, rest, networks.batch()["image"], train=True, key=None)
+    before = {path: leaf for path, leaf in ltp.named_leaves(rest) if path.endswith("mean")}
+    assert before
+    moved = dict(ltp.named_leaves(after))
+    assert all(not np.array_equal(moved[path], leaf) for path, leaf in before.items())
+
+
 def fixed_logits(logits):
     return make_eval_step(lambda params, batch_stats, images, *, train, key: (jnp.asarray(logits), batch_stats))
 

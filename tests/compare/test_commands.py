@@ -18,7 +18,6 @@ from experiments.digits import DigitsConfig
 from experiments.harness import Harness, hold_out
 from experiments.run import weights_optimizer
 from ltp_jax import models
-from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import dense
 from ltp_jax.trail import Trail
 from ltp_jax.training import create_state, cross_entropy, make_train_step
@@ -55,20 +54,16 @@ def test_the_command_meets_a_target_compression(tmp_path, harness):
     assert left == pytest.approx(1 / 16, rel=0.01)
 
 
-def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(harness):
-    params = harness.dense_network(0)["params"]
-    images = jnp.zeros((1, 8, 8, 1))
-    uses = uses_per_input(harness.module, images, harness.plan, train=False)
-    # Of four steps the first descends to the target, and after it the masks are fixed.
-    config = LtpConfig(target_macs=10, prune=0.25, select=0.25)
-    pruner = runs.ltp_pruner(config, harness.plan, 4, lambda: uses)
-    state = jax.jit(pruner.init)(params)
-    still = dict.fromkeys(state.thresholds, jnp.float32(0))
-    params, state = jax.jit(pruner.update)(still, params, params, state, jnp.int32(0))
-    left = {path: np.count_nonzero(w) for path, w in ltp.named_leaves(pruner.harden(params, state)) if path in uses}
-    total = sum(uses[tensor.path] * tensor.size for tensor in harness.plan.tensors if tensor.prune)
-    assert sum(uses[path] * count for path, count in left.items()) / total == pytest.approx(0.1, rel=0.01)
-    assert sum(left.values()) / harness.plan.prunable != pytest.approx(0.1, rel=0.01)
+def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(tmp_path, harness):
+    last, trail = digits_run(tmp_path, harness, LtpConfig(target_macs=10))
+    # Positions of the output of each convolution: images of 8×8, and a pool behind the second.
+    uses = {"block1/conv": 64, "block2/conv": 64, "block3/conv": 16, "dense": 1, "head": 1}
+    kernels = {path.removesuffix("/kernel"): w for path, w in ltp.named_leaves(trail.restore(last)["params"])}
+    total = sum(n * kernels[name].size for name, n in uses.items())
+    left = sum(n * np.count_nonzero(kernels[name]) for name, n in uses.items())
+    assert total / left == pytest.approx(10, rel=0.01)
+    assert last.macs_compression == pytest.approx(total / left)
+    assert last.compression != pytest.approx(10, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +72,10 @@ def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(harness):
         (["--ltp.target-compression=16", "--ltp.target-density=0.1"], "exclude each other"),
         (["--ltp.target-compression=1"], "target-compression is 1.0; accepted is more than 1"),
         (
-            ["--ltp.target-compression=None", "--ltp.target-density=1.5"],
+            ["--ltp.target-density=1.5"],
             "target-density is 1.5; accepted is more than 0, less than 1",
         ),
-        (["--ltp.target-compression=None", "--ltp.target-macs=0.5"], "target-macs is 0.5; accepted is more than 1"),
+        (["--ltp.target-macs=0.5"], "target-macs is 0.5; accepted is more than 1"),
         (["--ltp.target-compression=4", "--ltp.exact-gradient"], "not with a target"),
         (
             ["--ltp.target-compression=4", "--ltp.prune=0.8"],
@@ -141,7 +136,7 @@ def test_hold_out_takes_the_last_training_images():
 
 
 def test_cells_are_kept_and_not_run_again(tmp_path, harness, monkeypatch):
-    monkeypatch.setitem(compare.NETWORKS, "digits", (digits, harness.pretrain, TRAIN))
+    monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, TRAIN))
     trial = compare.Trial(learning_rate=0.05, prune=0.5, select=0.75)
     cells = [(tmp_path / "ltp_8_0.json", 0)]
     compare.fill(harness, cells, "ltp", 8, trial)
@@ -166,25 +161,50 @@ def tuned(method, trial, **figures):
 def test_tuning_chooses_the_best_mean():
     slow, fast = compare.Trial(learning_rate=0.1), compare.Trial(learning_rate=0.2)
     cells = [tuned("one_shot", t, top1=top1) for t, top1 in ((slow, 80), (slow, 90), (fast, 86), (fast, 85))]
-    assert compare.chosen("one_shot", cells) == fast
+    assert compare.chosen("one_shot", cells, 32) == fast
 
 
 def test_settings_of_another_network_are_those_at_the_same_place(tmp_path):
-    _, _, theirs = compare.NETWORKS["lenet_300_100"]
-    _, _, ours = compare.NETWORKS["resnet20"]
-    folder = tmp_path / "fashion_mnist_held_out_lenet_300_100"
-    folder.mkdir()
-    for place, top1 in ((0, 80.0), (7, 90.0)):
-        trial = compare.trials("gmp_global", theirs)[place]
-        (folder / f"{place}.json").write_text(json.dumps(tuned("gmp_global", trial, top1=top1)))
+    theirs, ours = (compare.NETWORKS[arch].train for arch in ("lenet_300_100", "resnet20"))
     config = compare.CompareConfig(
         command="run", arch="resnet20", methods=("gmp_global",), settings_of="lenet_300_100", results=tmp_path
     )
+    for place, trial in enumerate(compare.trials("gmp_global", theirs)):
+        for seed in config.tuning_seeds:
+            path = compare.tuning_file(config, "lenet_300_100", "gmp_global", place, seed)
+            compare_report.write_cell(path, tuned("gmp_global", trial, top1=90.0 if place == 7 else 80.0))
     # The eighth of gradual magnitude pruning: half of the run, the largest decay, at the network's own rate of 0.05.
     assert compare.trials("gmp_global", ours)[7] == compare.Trial(learning_rate=0.05, prune=0.5, weight_decay=2e-3)
-    assert compare.chosen("gmp_global", compare.tuning(config)) == compare.trials("gmp_global", ours)[7]
-    with pytest.raises(ConfigError, match=r"gmp_global not tuned yet for resnet20: .* tune --arch=resnet20 --methods"):
+    assert compare.chosen("gmp_global", compare.tuning(config), 32) == compare.trials("gmp_global", ours)[7]
+    # Every setting has to have been tried, or methods would not be tuned alike.
+    path.unlink()
+    with pytest.raises(
+        ConfigError, match=r"1 runs .* tune --arch=lenet_300_100 --methods gmp_global --tuning-seeds 0 1"
+    ):
+        compare.tuning(config)
+    with pytest.raises(ConfigError, match=r"18 runs of the tuning on resnet20 are missing: .* tune --arch=resnet20"):
         compare.tuning(dataclasses.replace(config, settings_of=None))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"seeds": ()}, "--seeds is empty"),
+        ({"methods": ()}, "--methods is empty"),
+        ({"compressions": (0.5,)}, "--compressions has 0.5; accepted is more than 1"),
+        ({"tuning_seeds": (-1,)}, "--tuning-seeds has -1"),
+    ],
+)
+def test_impossible_grids_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compare.CompareConfig(command="run", **words).check()
+
+
+def test_compression_that_a_method_cannot_meet_is_refused(tmp_path, harness, monkeypatch):
+    monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, TRAIN))
+    trial = compare.Trial(learning_rate=0.05, prune=0.5, select=0.75)
+    with pytest.raises(ConfigError, match="--compressions has 300000, which ltp cannot meet"):
+        compare.fill(harness, [(tmp_path / "ltp.json", 0)], "ltp", 300_000, trial)
 
 
 def str_cell(rate, decay, compression, top1):
@@ -196,7 +216,7 @@ def test_the_rate_of_str_is_the_best_at_the_compression_of_tuning():
     # At 32×, halfway between 16× and 64×, the first has 85 % and the second 86 %, though the first has the best run.
     cells = [str_cell(0.1, 1e-3, 16, 90), str_cell(0.1, 4e-3, 64, 80)]
     cells += [str_cell(0.2, 1e-3, 16, 87), str_cell(0.2, 4e-3, 64, 85)]
-    assert compare.chosen("str", cells) == compare.Trial(learning_rate=0.2)
+    assert compare.chosen("str", cells, 32) == compare.Trial(learning_rate=0.2)
 
 
 def test_the_decay_of_str_is_interpolated():
@@ -226,9 +246,9 @@ def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, ha
 
 
 def test_every_method_has_the_same_number_of_trials():
-    for _, _, train in compare.NETWORKS.values():
+    for setup in compare.NETWORKS.values():
         methods = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp")
-        assert [len(set(compare.trials(method, train))) for method in methods] == [9] * 6
+        assert [len(set(compare.trials(method, setup.train))) for method in methods] == [9] * 6
 
 
 def cell(method, compression, seed, top1, achieved):
@@ -278,13 +298,33 @@ def test_table_of_tuning():
     ]
 
 
-def test_pictures(tmp_path):
+@pytest.mark.parametrize(
+    ("methods", "pictures"),
+    [
+        (("ltp", "str", "gmp_global"), 3),
+        (("ltp",), 3),
+        (("str", "gmp_global"), 2),  # a grid that has not come to LTP yet
+        (("gmp_uniform",), 1),
+        (("dense",), 0),
+    ],
+)
+def test_pictures_of_what_is_there(tmp_path, methods, pictures):
     folder = tmp_path / "data_net"
-    folder.mkdir()
-    for i, row in enumerate(CELLS):
-        (folder / f"{i}.json").write_text(json.dumps(row))
-    for path in compare_report.write(folder, tmp_path / "docs"):
-        assert path.stat().st_size > 100
+    rows = [*CELLS, cell("gmp_uniform", 8, 0, 80.0, 8.0), cell("dense", 8, 0, 91.0, 1.0) | {"compression": None}]
+    for i, row in enumerate(rows):
+        if row["method"] in methods:
+            compare_report.write_cell(folder / f"{i}.json", row)
+    table, *drawn = compare_report.write(folder, tmp_path / "docs")
+    assert "Dense network that all start from" in table.read_text()
+    assert len(drawn) == pictures
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_broken_record_of_a_run_is_said(tmp_path):
+    (tmp_path / "ltp_8_0.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"ltp_8_0.json is no record of a run.*remove it"):
+        compare_report.read_cells(tmp_path)
 
 
 def test_variants_have_files_of_their_own():

@@ -177,8 +177,56 @@ def test_the_density_follows_the_plan():
     plan = ltp.plan(initial_params())
     states = run(pruner_to(16))
     planned = target.planned_density(1 / 16, PRUNE)
-    for step in range(PRUNE // 4, SELECT):
-        assert kept(states[step]) / plan.prunable == pytest.approx(float(planned(step)), rel=0.08), step
+    for step in range(1, SELECT):
+        ratio = kept(states[step]) / plan.prunable / float(planned(step))
+        # At first so fast a descent is ahead of the largest step of the scale.
+        assert 0.92 < ratio < 1.08 or (step < PRUNE // 4 and 0.85 < ratio < 1.3), step
+
+
+def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pruned():
+    plan = ltp.plan(initial_params())
+    pruner = target.target_density(plan, 1 / 16, prune_steps=PRUNE, select_steps=SELECT)
+    optimizer = optax.sgd(0.1)
+
+    def normalised(params, batch_stats, images, *, train, key):
+        del train, key
+        x = images @ params["one"]["kernel"]
+        x = jax.nn.relu((x - x.mean(0)) / jnp.maximum(x.std(0), 1e-12))
+        x = jax.nn.relu(x @ params["two"]["kernel"] + params["two"]["bias"])
+        return x @ params["head"]["kernel"] + params["head"]["bias"], batch_stats
+
+    step = jax.jit(make_train_step(normalised, optimizer, pruner, cross_entropy()))
+
+    def masks(scale):
+        params = initial_params()
+        params["one"]["kernel"] *= scale
+        state = create_state(params, {}, optimizer, pruner, jax.random.key(0))
+        still = state.params["one"]["kernel"]
+        for i in range(SELECT):
+            # The layer itself stays: its gradient falls as its weights grow, and rescaling changes how fast it learns.
+            state = step(state, batch(i))
+            state.params["one"]["kernel"] = jnp.where(state.params["one"]["kernel"] == 0, 0, still)
+        return jax.tree.map(lambda w: np.asarray(w != 0), pruner.harden(state.params, state.pruning))
+
+    plain, scaled = masks(1.0), masks(64.0)
+    for path, mask in ltp.named_leaves(plain):
+        if path in plan.paths:
+            assert np.mean(mask != dict(ltp.named_leaves(scaled))[path]) < 2e-3, path
+
+
+@pytest.mark.parametrize("prune_steps", [1, 5])
+def test_no_layer_is_empty_on_the_way(prune_steps):
+    # Only the largest weights of the other layers are as small, in units of their spread, as all of this one's.
+    params = initial_params()
+    params["head"]["kernel"] = jnp.sign(params["head"]["kernel"]) + 1e-3 * params["head"]["kernel"]
+    plan = ltp.plan(params)
+    pruner = target.target_density(plan, 1 / 64, prune_steps=prune_steps, select_steps=20)
+    state, still = pruner.init(params), dict.fromkeys(plan.paths, jnp.float32(0))
+    update = jax.jit(pruner.update)
+    for step in range(22):
+        params, state = update(still, params, params, state, step)
+        left = {path: np.count_nonzero(w) for path, w in ltp.named_leaves(pruner.harden(params, state))}
+        assert all(left[path] >= 1 for path in plan.paths), (step, left)
 
 
 def test_the_fixed_network_is_what_every_verb_says():
