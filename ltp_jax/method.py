@@ -20,6 +20,14 @@ def temperature(w: jax.Array, t0: ArrayLike) -> jax.Array:
     return jnp.float32(t0) * jnp.var(jnp.abs(w.astype(jnp.float32)))
 
 
+def valid_threshold(threshold: jax.Array) -> jax.Array:
+    """``max(τ, 0)`` with the gradient of ``τ``: below zero every mask is 1, and a threshold would be stuck there.
+
+    An optimizer that pushes ``τ`` below zero changes nothing by it, and its gradient can bring it back.
+    """
+    return threshold + jax.lax.stop_gradient(jnp.maximum(threshold, 0) - threshold)
+
+
 def soft_mask(w: jax.Array, threshold: jax.Array, temperature: jax.Array) -> jax.Array:
     """``s = sigmoid((w² − τ) / T)``, float32 of the shape of ``w``: how much of each weight is left, in (0, 1)."""
     return jax.nn.sigmoid((jnp.square(w.astype(jnp.float32)) - threshold) / temperature)

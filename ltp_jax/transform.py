@@ -18,7 +18,8 @@ class PruneState(flax.struct.PyTreeNode):
     """What LTP knows of a network beside its weights.
 
     Attributes:
-      thresholds: ``τ`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Learned.
+      thresholds: ``τ`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Learned. One below zero
+        counts as zero.
       temperatures: ``T`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Constant.
     """
 
@@ -93,7 +94,7 @@ def soft_prune_and_count(
     counts: Scalars = {}
 
     def prune(path: str, w: jax.Array) -> jax.Array:
-        tau, temperature = state.thresholds[path], state.temperatures[path]
+        tau, temperature = method.valid_threshold(state.thresholds[path]), state.temperatures[path]
         pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights)
         return pruned
 
@@ -111,7 +112,11 @@ def hard_prune(params: Params, state: PruneState) -> Params:
 
     Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is.
     """
-    return _map_selected(lambda path, w: method.hard_threshold(w, state.thresholds[path]), params, state)
+
+    def prune(path: str, w: jax.Array) -> jax.Array:
+        return method.hard_threshold(w, method.valid_threshold(state.thresholds[path]))
+
+    return _map_selected(prune, params, state)
 
 
 def _map_selected(fn, params: Params, state: PruneState) -> Params:
@@ -212,6 +217,6 @@ def summarize(params: Params, state: PruneState) -> Summary:
             kept=jnp.sum(method.hard_mask(leaves[path], threshold), dtype=jnp.int32),
             threshold=threshold,
         )
-        for path, threshold in state.thresholds.items()
+        for path, threshold in ((path, method.valid_threshold(tau)) for path, tau in state.thresholds.items())
     }
     return Summary(tensors, unpruned=sum(leaf.size for path, leaf in leaves.items() if path not in tensors))

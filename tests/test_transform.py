@@ -232,3 +232,16 @@ def test_nothing_is_said_for_an_ordinary_plan(params):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ltp.plan(params, rules=[ltp.Rule("head/.*", prune=False)])
+
+
+def test_threshold_below_zero_counts_as_zero_and_can_come_back(params, state):
+    zero, below = (state.replace(thresholds=dict.fromkeys(state.thresholds, jnp.float32(tau))) for tau in (0.0, -1.0))
+    chex.assert_trees_all_equal(ltp.soft_prune(params, below), ltp.soft_prune(params, zero))
+    chex.assert_trees_all_equal(ltp.hard_prune(params, below), ltp.hard_prune(params, zero))
+    assert {float(t.threshold) for t in ltp.summarize(params, below).tensors.values()} == {0.0}
+
+    def slopes(state):
+        return jax.grad(lambda thresholds: ltp.l0(params, state.replace(thresholds=thresholds)))(state.thresholds)
+
+    chex.assert_trees_all_equal(slopes(below), slopes(zero))
+    assert all(slope < 0 for slope in slopes(below).values())
