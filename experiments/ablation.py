@@ -1,7 +1,7 @@
 """What each part of LTP is worth: the paper's claims, and ideas for the way to a target, one change at a time.
 
 python -m experiments.ablation run     # each variant and seed a file; goes on where it stopped
-python -m experiments.ablation report  # the table of what is there
+python -m experiments.ablation report  # the table and the picture of what is there
 
 All on LeNet-300-100 with batch normalisation and Fashion-MNIST, judged on training images that are held out.
 """
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import ltp_jax as ltp
 from experiments.baselines import gradual_magnitude
@@ -47,6 +49,8 @@ class AblationConfig:
     """Where dense networks are kept; that of the comparison."""
     results: Path = Path("experiments/results/compare/ablation_lenet_300_100")
     """Where the figures are kept, a file for each run."""
+    pictures: Path = Path("docs")
+    """Where the picture of a report goes."""
 
 
 Make = Callable[[ltp.Plan, int], Pruner]
@@ -65,7 +69,10 @@ def penalised(penalty: float, **options: Any) -> Make:
 
 
 def norm_penalised(penalty: float, order: int) -> Make:
-    """The same with an L1 or L2 penalty on the pruned weights in place of L0, as large as L0 at the first step."""
+    """The same with an L1 or L2 penalty on the pruned weights in place of L0.
+
+    It is in units of each layer's spread: of normally distributed weights one counts 1.3 by L1 and 2.8 by L2.
+    """
 
     def make(plan: ltp.Plan, steps: int) -> Pruner:
         pruner = penalised(0.0)(plan, steps)
@@ -150,6 +157,47 @@ def annealed(make: Make, end: float, until: float) -> Make:
     return made
 
 
+def starting(make: Make, offsets: Callable[[ltp.Plan, Any], dict[str, jax.Array]]) -> Make:
+    """Offsets begin at other values than the spreads of their layers: ``offsets(plan, params)`` by path."""
+
+    def made(plan: ltp.Plan, steps: int) -> Pruner:
+        pruner = make(plan, steps)
+
+        def init(params: Any) -> Any:
+            state = pruner.init(params)
+            # A scale that leaves as many weights as the pruner's own.
+            moved = offsets(plan, params)
+            weights = dict(ltp.named_leaves(params))
+            sizes = jnp.concatenate([jnp.abs(weights[path]).ravel() / jnp.exp(moved[path]) for path in plan.paths])
+            whole = jnp.concatenate(
+                [jnp.abs(weights[path]).ravel() / jnp.exp(state.offsets[path]) for path in plan.paths]
+            )
+            share = jnp.mean(whole > jnp.exp(state.log_scale))
+            return state.replace(offsets=moved, log_scale=jnp.log(jnp.quantile(sizes, 1 - share)))
+
+        return pruner._replace(init=init)
+
+    return made
+
+
+def at_zero(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
+    """The weights of all layers are compared as they are."""
+    del params
+    return dict.fromkeys(plan.paths, jnp.zeros((), jnp.float32))
+
+
+def at_lamp(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
+    """The thresholds that the scores of LAMP (Lee et al., arXiv 2010.07611) give at the target.
+
+    The score of a weight is its square over the sum of the squares of those in its layer that are not smaller.
+    """
+    leaves = dict(ltp.named_leaves(params))
+    squares = {path: jnp.sort(jnp.square(leaves[path]).ravel()) for path in plan.paths}
+    scores = {path: s / jnp.cumsum(s[::-1])[::-1] for path, s in squares.items()}
+    smallest = jnp.quantile(jnp.concatenate(list(scores.values())), 1 - 1 / COMPRESSION)
+    return {path: jnp.log(squares[path][jnp.argmax(scores[path] >= smallest)]) / 2 for path in plan.paths}
+
+
 class Variant(NamedTuple):
     """How to make a pruner, and how the weights are trained with it."""
 
@@ -180,7 +228,10 @@ IDEAS: dict[str, Variant] = {
     "target, pruned within 80 %, selects until 90 %": Variant(targeted(prune=0.8, select=0.9)),
     "target, selects until 40 %": Variant(targeted(select=0.4)),
     "target, selects until 90 %": Variant(targeted(select=0.9)),
-    "target, one threshold for all layers": Variant(targeted(optimizer=optax.sgd(0.0))),
+    "target, offsets begin at zero": Variant(starting(targeted(), at_zero)),
+    "target, offsets begin where LAMP has them": Variant(starting(targeted(), at_lamp)),
+    "target, one threshold for all layers": Variant(starting(targeted(optimizer=optax.sgd(0.0)), at_zero)),
+    "target, offsets stay at the spreads": Variant(targeted(optimizer=optax.sgd(0.0))),
     "target, offsets by Adam at 1e-3": Variant(targeted(optimizer=optax.adam(1e-3))),
     "target, offsets by Adam at 3e-3": Variant(targeted(optimizer=optax.adam(3e-3))),
     "target, offsets by Adam at 1e-3, no momentum": Variant(targeted(optimizer=optax.adam(1e-3, b1=0.0))),
@@ -241,6 +292,43 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+SERIES = {
+    "eq. 14, L0 on thresholds": "L0 on thresholds alone",
+    "exact gradient": "exact gradient",
+    "L0 on weights too": "L0 on weights too",
+    "L1": "L1 in place",
+    "L2": "L2 in place",
+}
+"""The claims as they are drawn: a label, and how the names of the variants begin."""
+
+
+def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
+    """Where runs with the paper's choices and their opposites end, and the hardening gap on the way for each T0."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    ends, gaps = figure.subplots(1, 2)
+    for i, (label, start) in enumerate(SERIES.items()):
+        found = [cell for cell in cells if cell["variant"].startswith(start)]
+        ends.plot([c["compression"] for c in found], [c["top1"] for c in found], "os^Dv"[i], color=f"C{i}", label=label)
+    ends.set_xscale("log")
+    ends.set_xlabel("compression at the end")
+    ends.set_ylabel("top-1 on held-out images, %")
+    ends.set_title("the paper's choices and their opposites")
+    temperatures = {1e-4: "T0 0.0001", 1e-3: "L0 on thresholds alone, eq. 14", 1e-2: "T0 0.01", 1e-1: "T0 0.1"}
+    for t0, start in temperatures.items():
+        found = [cell for cell in cells if cell["variant"] == f"{start}, penalty 10"]
+        rows = list(zip(*[[r["soft_top1"] - r["top1"] for r in cell["epochs"]] for cell in found], strict=True))
+        gaps.plot(range(1, len(rows) + 1), [max(row, key=abs) for row in rows], ".-", label=f"T0 = {t0:g}")
+    gaps.axhline(0, color="black", linewidth=0.8)
+    gaps.set_xlabel("epoch")
+    gaps.set_ylabel("top-1 of the soft less that of the hard network")
+    gaps.set_title("hardening gap, the larger of two seeds")
+    for axes in (ends, gaps):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_figure(path, dpi=120)
+
+
 def main() -> None:
     config = tyro.cli(AblationConfig, description=__doc__)
     if config.command == "report":
@@ -249,6 +337,8 @@ def main() -> None:
             raise ConfigError(f"there are no runs in {config.results}: python -m experiments.ablation run")
         (config.results / "table.md").write_text(markdown(cells))
         print(config.results / "table.md")
+        draw_claims(cells, config.pictures / "ablation_claims.png")
+        print(config.pictures / "ablation_claims.png")
         return
     if unknown := [variant for variant in config.variants if variant not in VARIANTS]:
         raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
