@@ -37,6 +37,11 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate of the weights, at this batch size."""
+        return self.learning_rate
+
     def check(self, name: str) -> None:
         _require(self.epochs >= 1, f"--{name}.epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, f"--{name}.batch-size", self.batch_size, "at least 1")
@@ -53,6 +58,8 @@ class TrainConfig:
 
 
 TARGETS = ("target_compression", "target_density", "target_macs")
+GOALS = ("penalty", *TARGETS)
+"""What a run can prune to; accepted is one of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class LtpConfig:
 
     penalty: float | None = None
     """λ·N: what keeping all prunable weights costs, in units of the loss; 20 if nothing is said and there is no target.
-    More prunes more, but how much is not the same from run to run."""
+    More prunes more, but how much is not the same from run to run. It takes the place of a target."""
     ramp: float = 1.0
     """Share of the learning steps over which the penalty rises linearly from zero."""
     learn: float = 0.5
@@ -98,13 +105,9 @@ class LtpConfig:
                 _require(0 < value < 1, flag, value, "more than 0, less than 1")
             else:
                 _require(value > 1, flag, value, "more than 1")
-        given = [*targets, *(["penalty"] if self.penalty is not None else [])]
+        given = [f"--ltp.{name.replace('_', '-')}" for name in GOALS if getattr(self, name) is not None]
         if len(given) > 1:
-            flags = [f"--ltp.{name.replace('_', '-')}" for name in given]
-            raise ConfigError(
-                f"{' and '.join(flags)} exclude each other; accepted is one of them. Take back one that is a default "
-                f"by {flags[0]}=None"
-            )
+            raise ConfigError(f"{' and '.join(given)} exclude each other; accepted is one of them")
         if targets and (self.exact_gradient or self.l0_to_weights):
             raise ConfigError("--ltp.exact-gradient and --ltp.l0-to-weights go with a penalty, not with a target")
         _require(0 < self.prune <= self.select, "--ltp.prune", self.prune, "more than 0, at most --ltp.select")
@@ -117,6 +120,9 @@ class MeshConfig:
 
     fsdp: int = 1
     """Devices that each parameter is split over; 1 keeps the parameters whole on every device."""
+
+    def check(self) -> None:
+        _require(self.fsdp >= 1, "--mesh.fsdp", self.fsdp, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,11 +143,12 @@ class DistributedConfig:
     def check(self) -> None:
         name = "--distributed"
         address = self.coordinator_address
+        match = re.fullmatch(r".+:(\d+)", address or "HOST:1")
         _require(
-            address is None or re.fullmatch(r".+:\d+", address) is not None,
+            match is not None and 0 < int(match[1]) < 2**16,
             f"{name}.coordinator-address",
             address,
-            "HOST:PORT",
+            "HOST:PORT, the port 1 to 65535",
         )
         processes, index = self.num_processes, self.process_id
         _require(processes is None or processes >= 1, f"{name}.num-processes", processes, "at least 1")
@@ -186,6 +193,7 @@ class Config:
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()
+        self.mesh.check()
         self.distributed.check()
 
 
@@ -212,6 +220,11 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
     first.add_argument("--arch", nargs="?")
     arch = first.parse_known_args(argv)[0].arch
     default = presets.get(arch, next(iter(presets.values())))
+    typed = {word.partition("=")[0].replace("_", "-") for word in argv}
+    if goals := {name for name in GOALS if f"--ltp.{name.replace('_', '-')}" in typed}:
+        # What the user wants takes the place of what the preset wants.
+        rest = dict.fromkeys(set(GOALS) - goals)
+        default = dataclasses.replace(default, ltp=dataclasses.replace(default.ltp, **rest))
     prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
     config = tyro.cli(type(default), prog=prog, default=default, args=list(argv), description=description)
     config.check()
@@ -226,8 +239,8 @@ def to_json(config: Config) -> dict[str, Any]:
 def record(config: Config, *, write: bool = True) -> None:
     """Writes the configuration to the working directory, or checks that it is the one that is there.
 
-    A run goes on only with the options that it began with; where data lie, what is shown, and how many processes and
-    devices share the work may change.
+    A run goes on only with the options that it began with; where data lie, what is shown, how many processes and
+    devices share the work, and when it gives up may change.
 
     Args:
       config: the options.
@@ -240,10 +253,14 @@ def record(config: Config, *, write: bool = True) -> None:
     new = to_json(config)
     if path.exists():
         try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); remove it or choose another --workdir") from error
-        free = {"workdir", "data_dir", "tensorboard", "mesh.fsdp"}
+            old = dict(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path} is no record of a run ({error}); remove it or choose another --workdir"
+            ) from error
+        free = {"workdir", "data_dir", "tensorboard", "mesh.fsdp", "workers", "max_unreadable", "dry_run_timeout"}
+        if (config.workdir / "dense").is_dir():
+            free.add("pretrained")  # nothing more is taken from it; whose weights they are stays fixed
         old_items, new_items = _flat(old), _flat(new)
         changed = [
             f"--{key.replace('_', '-')} was {old_items.get(key, 'absent')}, is {new_items.get(key, 'absent')}"

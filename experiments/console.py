@@ -16,7 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.config import ConfigError
 from experiments.data import DataError
-from experiments.distributed import START_AGAIN, Preempted, is_lost_process, nobody_waits
+from experiments.distributed import (
+    CONFIG_ERROR,
+    START_AGAIN,
+    Preempted,
+    lost_process,
+    nobody_waits,
+    stops_when_asked,
+)
 from ltp_jax.trail import TrailError
 
 log = logging.getLogger("experiments")
@@ -148,14 +155,18 @@ class MetricsWriter:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process: a user's mistake becomes one message on stderr and a non-zero exit.
 
-    A run that was asked to stop, or lost one of its processes, exits with ``START_AGAIN``.
+    A command that was asked to stop, or lost one of its processes, exits with ``START_AGAIN``. Where JAX itself notices
+    the loss, between two programs, it aborts the process, with a message and a stack dump of its own.
     """
     try:
-        with nobody_waits(explain):
+        with stops_when_asked(), nobody_waits(explain):
             main()
         code = 0
     except Preempted as notice:
-        log.info("%s", notice)
+        if log.handlers:
+            log.info("%s", notice)
+        else:  # asked before the log has begun, or of a command that has none
+            print(notice, file=sys.stderr)
         code = START_AGAIN
     except (ConfigError, DataError, TrailError, RunError, OSError) as error:
         message, code = explain(error)
@@ -170,11 +181,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def explain(error: Exception) -> tuple[str, int]:
     """What to tell the user of an error, and the exit code of the process."""
     if isinstance(error, ConfigError):
-        return str(error), 2
-    if is_lost_process(error) or is_lost_process(error.__cause__):
+        return str(error), CONFIG_ERROR
+    if (said := lost_process(error)) is not None:
         return (
             "another process of this job is gone; start all of them again with the same command, and the run goes on "
-            "from the last saved state",
+            f"from the last saved state ({said})",
             START_AGAIN,
         )
     if isinstance(error, OSError):

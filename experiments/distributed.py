@@ -3,10 +3,13 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,8 +22,24 @@ START_AGAIN = os.EX_TEMPFAIL
 """The exit code, 75, of a run that the same command goes on with. Schedulers that retry can be told to look for it."""
 
 
-class Preempted(Exception):
-    """The run was asked to stop, and has saved its state."""
+CONFIG_ERROR = 2
+"""The exit code of a command whose options cannot be carried out."""
+
+START_SLACK = 60
+"""Seconds that JAX may still take for joining the processes after this project's patience with them has ended."""
+
+BROKEN_CONNECTION = re.compile(
+    r"Gloo .*failed|(closed|reset) by (remote )?peer|remote process exited|Broken pipe|Socket closed|heartbeat",
+    re.IGNORECASE,
+)
+"""How collectives of the CPU (gloo) and of GPUs (NCCL), and JAX's coordination, tell of a partner that is gone."""
+
+
+class Preempted(BaseException):
+    """The run was asked to stop, and nothing that it saved is lost.
+
+    Like KeyboardInterrupt it is no error, which ``except Exception`` would take for one.
+    """
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -29,8 +48,11 @@ def initialize(config: DistributedConfig) -> None:
     Without options the cluster's environment decides: Cloud TPU, Slurm, Kubernetes and Open MPI, as JAX detects them.
     Where there is none, the process is a job of its own. A second call does nothing.
 
+    If the others do not come in time, this ends the process with a message and the exit code of a ConfigError. JAX has
+    no error for that, nor for two processes of the same id: it aborts the process, with a stack dump on stderr.
+
     Raises:
-      ConfigError: if the options are not complete, or the others cannot be reached.
+      ConfigError: if the options are not complete, or JAX cannot join the processes as they say.
     """
     if jax.distributed.is_initialized():
         return
@@ -41,20 +63,68 @@ def initialize(config: DistributedConfig) -> None:
             "--distributed.coordinator-address, --distributed.num-processes and --distributed.process-id are accepted "
             "all together, or none of them where the cluster's environment says them"
         )
-    try:
+
+    def join() -> None:
         jax.distributed.initialize(
             *options,
-            initialization_timeout=config.initialization_timeout,
+            initialization_timeout=config.initialization_timeout + START_SLACK,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
             cluster_detection_method="deactivate" if explicit else None,
         )
+
+    try:
+        came = _ends_within(config.initialization_timeout, join)
     except ValueError as error:
         # What JAX says where it detects no cluster. Any other error is of a cluster whose processes must not go on as
         # if each were alone.
-        if explicit or "coordinator_address should be defined" not in str(error):
-            raise ConfigError(f"the processes of this job cannot find each other: {error}") from error
+        if not explicit and "coordinator_address should be defined" in str(error):
+            return
+        raise ConfigError(f"the processes of this job cannot find each other: {error}") from error
     except RuntimeError as error:
         raise ConfigError(f"the processes of this job cannot reach each other: {error}") from error
+    if not came:
+        where = config.coordinator_address or "the address that the cluster's environment says"
+        print(
+            f"error: the processes of this job cannot reach each other: not all of them came to {where} within "
+            f"{config.initialization_timeout} s. Start all of them, with the same address and number and each with an "
+            "id of its own, and see that the first one can be reached there; --distributed.initialization-timeout "
+            "gives them more time",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(CONFIG_ERROR)  # cleaning up would wait for the others
+
+
+def _ends_within(seconds: float, action: Callable[[], None]) -> bool:
+    """Whether an action ends in time. It has a thread of its own, so that this one hears signals meanwhile."""
+    failures: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            action()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    return not thread.is_alive()
+
+
+@contextlib.contextmanager
+def stops_when_asked() -> Iterator[None]:
+    """Takes SIGTERM as a request to end at once, by ``Preempted``, wherever ``preemption_notice`` does not take it."""
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise Preempted("asked to stop: what was saved is whole, and the same command goes on from there")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
@@ -99,8 +169,6 @@ def nobody_waits(explain: Callable[[Exception], tuple[str, int]]) -> Iterator[No
     """
     try:
         yield
-    except Preempted:
-        raise
     except Exception as error:
         if not _has_others():
             raise
@@ -113,13 +181,19 @@ def nobody_waits(explain: Callable[[Exception], tuple[str, int]]) -> Iterator[No
         os._exit(code)
 
 
-def is_lost_process(error: BaseException | None) -> bool:
-    """Whether an error is what a process sees when another one of its job is gone."""
-    return (
-        isinstance(error, jax.errors.JaxRuntimeError)
-        and _has_others()
-        and not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
-    )
+def lost_process(error: BaseException | None) -> str | None:
+    """What an error, or its cause, says of another process of the job that is gone; None if it is no such error.
+
+    An error that comes again whenever the job is started, as one of the compiler does, must not be taken for one.
+    """
+    if error is None or not _has_others():
+        return None
+    said = str(error).partition("\n")[0]
+    # The statuses of a partner that does not answer, or gave up.
+    unanswered = said.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"))
+    if isinstance(error, jax.errors.JaxRuntimeError) and (unanswered or BROKEN_CONNECTION.search(str(error))):
+        return said
+    return lost_process(error.__cause__)
 
 
 def _has_others() -> bool:

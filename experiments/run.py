@@ -70,8 +70,10 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Callable[[],
       The finished trail.
 
     Raises:
+      ConfigError: if the options do not go with the network, the data or the devices; nothing is written then.
       Preempted: if a process was asked to stop, after the state was saved.
     """
+    check_options(config, module, dataset, start)
     record(config, write=jax.process_index() == 0)
     console = Console()
     start_logging(config.workdir, console)
@@ -90,13 +92,62 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Callable[[],
     return trail
 
 
+def check_options(
+    config: Config, module: nn.Module, dataset: Dataset, start: Callable[[], Start] | None = None
+) -> None:
+    """Raises ConfigError or TrailError, before anything is trained, for options that cannot come to an end."""
+    try:
+        make_mesh(config.mesh.fsdp)
+    except ValueError as error:
+        raise ConfigError(f"--mesh.fsdp: {error}") from error
+    check_batch("train", config.train, dataset)
+    # What ``start`` gives may be trained already: that is known when it is asked.
+    if config.dense is None and start is None and not (config.workdir / "dense").is_dir():
+        check_batch("pretrain", config.pretrain, dataset)
+    network = jax.eval_shape(lambda: init_network(module, dataset, config.seed))
+    if config.dense is not None:
+        check_network(restore_network(config.dense), network, config.dense, config.arch)
+    make_pruner(config, module, dataset, ltp.plan(network["params"]))
+
+
+def check_batch(stage: str, train: TrainConfig, dataset: Dataset) -> None:
+    """Raises ConfigError for a batch that the images do not fill or the devices cannot share."""
+    images, devices = dataset.train_size, jax.device_count()
+    if train.batch_size > images:
+        raise ConfigError(f"--{stage}.batch-size is {train.batch_size}; {dataset.name} has {images} images")
+    if train.batch_size % devices:
+        raise ConfigError(
+            f"--{stage}.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices"
+        )
+
+
+def init_network(module: nn.Module, dataset: Dataset, seed: int) -> dict[str, Any]:
+    """A random network: ``params`` and ``batch_stats``."""
+    images = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    variables = module.init(jax.random.key(seed), images, train=False)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def make_pruner(config: Config, module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> Pruner:
+    """LTP as the options have it, for this network and this many images."""
+    steps = config.train.epochs * (dataset.train_size // config.train.batch_size)
+    return ltp_pruner(config.ltp, plan, steps, lambda: network_uses(module, dataset, plan))
+
+
+def network_uses(module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> dict[str, float]:
+    """How often each weight is used for one image, by path."""
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    return uses_per_input(module, images, plan, train=False)
+
+
 def weights_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
     """SGD with momentum, warm-up and cosine; weight decay on tensors of two and more dimensions."""
+    steps = config.epochs * steps_per_epoch
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_epochs else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        decay_steps=config.epochs * steps_per_epoch,
+        init_value=0.0 if config.warmup_epochs else config.peak_learning_rate,
+        peak_value=config.peak_learning_rate,
+        warmup_steps=min(round(config.warmup_epochs * steps_per_epoch), steps - 1),
+        decay_steps=steps,
     )
     sgd = optax.sgd(schedule, momentum=config.momentum, nesterov=True)
     if not config.weight_decay:
@@ -167,11 +218,7 @@ class Job:
         self.metrics = metrics
         self.console = console
         self.preempted = preempted
-        try:
-            self.mesh = make_mesh(config.mesh.fsdp)
-        except ValueError as error:
-            raise ConfigError(f"--mesh.fsdp: {error}") from error
-        self._check_batch("train", config.train.batch_size)
+        self.mesh = make_mesh(config.mesh.fsdp)
         self.module = module
         mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
         self.apply: Apply = linen_apply(module, lambda images: (images.astype(jnp.float32) - mean) / std)
@@ -204,7 +251,7 @@ class Job:
         params, batch_stats = jax.device_put((start.params, start.batch_stats), replicated(self.mesh))
         if start.expected_top1 is not None:
             top1 = self._evaluate(params, batch_stats)["top1"]
-            if top1 < start.expected_top1 - 1:
+            if abs(top1 - start.expected_top1) > 1:
                 log.warning(
                     "the dense network has %.2f %% top-1 where %.2f %% was published for these weights: check that the "
                     "weights, --origin and the data belong together before you let this run go on",
@@ -213,17 +260,10 @@ class Job:
                 )
         save_network(path, params, batch_stats)
 
-    def _check_batch(self, stage: str, batch_size: int) -> None:
-        images, devices = self.dataset.train_size, jax.device_count()
-        if batch_size > images:
-            raise ConfigError(f"--{stage}.batch-size is {batch_size}; {self.dataset.name} has {images} images")
-        if batch_size % devices:
-            raise ConfigError(f"--{stage}.batch-size is {batch_size}; accepted are multiples of the {devices} devices")
-
     def _pretrain(self, path: Path, start: Start | None) -> None:
         """Trains the dense network and writes it."""
-        self._check_batch("pretrain", self.config.pretrain.batch_size)
         config = self.config.pretrain
+        check_batch("pretrain", config, self.dataset)
         optimizer = weights_optimizer(config, self.dataset.train_size // config.batch_size)
         # What was begun in the background is finished, whatever ends the stage.
         with (
@@ -248,13 +288,8 @@ class Job:
         steps_per_epoch = self.dataset.train_size // config.train.batch_size
         plan = ltp.plan(params)
         log.info("plan:\n%s", plan)
-        images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32)
-        pruner = ltp_pruner(
-            config.ltp,
-            plan,
-            config.train.epochs * steps_per_epoch,
-            lambda: uses_per_input(self.module, images, plan, train=False),
-        )
+        pruner = make_pruner(config, self.module, self.dataset, plan)
+        uses = network_uses(self.module, self.dataset, plan)
         optimizer = weights_optimizer(config.train, steps_per_epoch)
         harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
         count = jax.jit(
@@ -288,6 +323,8 @@ class Job:
                 soft_top5=soft_figures["top5"],
                 soft_loss=soft_figures["loss"],
                 train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
+                macs_compression=sum(uses[path] * n for path, n in sizes.items())
+                / max(sum(uses[path] * n for path, n in kept.items()), 1),
             )
             trail.save(entry, hard, state.batch_stats)
             self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
@@ -363,11 +400,13 @@ class Job:
                 if step % LOG_EVERY == 0 or step % steps_per_epoch == 0:
                     self.metrics.write(stage, "train", step, self._means(stage, step, state))
                 if step % steps_per_epoch == 0:
-                    keep(state, step // steps_per_epoch)
+                    # The state goes first: a run that ends during the evaluations makes the entry from it. Only an
+                    # entry at the end of an epoch can be made anew, so the one before this must be on disk by now.
+                    settle()
                     resume.save(step, state)
+                    keep(state, step // steps_per_epoch)
                 if self.preempted() and step < total:
-                    # An entry is made anew at the end of its own epoch alone: a state within the next one must not
-                    # reach the disk before it.
+                    # The same of a state within an epoch.
                     self._means(stage, step, state)
                     settle()
                     resume.save(step, state)
@@ -417,9 +456,7 @@ class Job:
         }
 
     def _init_network(self) -> dict[str, Any]:
-        images = jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
-        variables = self.module.init(jax.random.key(self.config.seed), images, train=False)
-        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        return init_network(self.module, self.dataset, self.config.seed)
 
 
 def check_network(network: dict[str, Any], shapes: Any, path: Path, arch: str) -> None:
@@ -439,13 +476,13 @@ def trail_table(trail: Trail) -> Table:
     """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
     front = {entry.epoch for entry in trail.pareto()}
     table = Table(title=f"the trail in {trail.path} (* no other entry is both sparser and more accurate)")
-    for name in ("epoch", "compression", "density", "top-1 %", "top-5 %", "loss", "gap", "drop"):
+    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):
         table.add_column(name, justify="right")
     for e in trail.entries:
         table.add_row(
             f"{'* ' if e.epoch in front else ''}{e.epoch}",
             f"{e.compression:.2f}×",
-            f"{e.density:.2%}",
+            "–" if e.macs_compression is None else f"{e.macs_compression:.2f}×",
             f"{e.top1:.2f}",
             f"{e.top5:.2f}",
             f"{e.loss:.4f}",

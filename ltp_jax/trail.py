@@ -290,7 +290,13 @@ def restore_network(path: str | Path) -> dict[str, Any]:
 
 
 def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        create=True,
+        cleanup_tmp_directories=True,
+        # Trail and resume state are written at the same time, and their barriers must not be taken for each other's.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=path.name),
+    )
     with _writing(path):
         return _Manager(path, options=options)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import run as runs
-from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, record
+from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record
 from experiments.console import RunError, run_command
 from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
@@ -183,9 +183,10 @@ def test_other_options_in_the_same_directory_are_refused(finished):
 
 
 def test_broken_configuration_file_is_said(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
-        record(tiny(tmp_path))
+    for text in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config.json is no record of a run"):
+            record(tiny(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -195,11 +196,15 @@ def test_broken_configuration_file_is_said(tmp_path):
             {"train": TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1)},
             "--train.batch-size is 5000; digits has",
         ),
+        ({"mesh": MeshConfig(fsdp=3)}, "--mesh.fsdp"),
+        ({"ltp": LtpConfig(target_compression=1e5)}, "the target of --ltp cannot be met.*fewer than one weight"),
+        ({"dense": Path("/absent")}, "there is no network in /absent"),
     ],
 )
-def test_impossible_sizes_are_refused(tmp_path, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        start(tiny(tmp_path, **changes))
+def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, changes, message):
+    with pytest.raises((ConfigError, TrailError), match=message):
+        start(tiny(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()  # where the corrected command would find other options
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,20 @@ def test_impossible_sizes_are_refused(tmp_path, changes, message):
         (["--ltp.learn", "1.5"], "--ltp.learn is 1.5; accepted is more than 0, at most 1"),
         (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
         (["--seed", "-3"], "--seed is -3"),
-        (["--ltp.penalty", "3"], "--ltp.target-compression and --ltp.penalty exclude each other.*=None"),
+        (["--ltp.penalty", "3", "--ltp.target-macs=2"], "--ltp.penalty and --ltp.target-macs exclude each other"),
+        (["--mesh.fsdp", "0"], "--mesh.fsdp is 0; accepted is at least 1"),
+        *(
+            (
+                [f"--distributed.coordinator-address={address}"],
+                f"coordinator-address is {address}; accepted is HOST:PORT",
+            )
+            for address in ("host", ":1234", "host:", "host:http", "host:0", "host:65536")
+        ),
+        (["--distributed.num-processes=0"], "--distributed.num-processes is 0; accepted is at least 1"),
+        *(
+            (["--distributed.num-processes=2", f"--distributed.process-id={i}"], f"process-id is {i}; accepted is 0 to")
+            for i in (-1, 2)
+        ),
     ],
 )
 def test_impossible_values_are_refused_with_the_accepted_ones(words, message):
@@ -238,6 +256,16 @@ def test_network_decides_the_defaults():
     assert parse(PRESETS, "", ["--arch=lenet5"]) == PRESETS["lenet5"]
     assert parse(PRESETS, "", []) == PRESETS["lenet_300_100"]
     assert parse(PRESETS, "", ["--ltp.t0", "0.01"]).ltp.t0 == 0.01
+
+
+@pytest.mark.parametrize("goal", ["penalty", "target_density", "target_macs"])
+def test_a_goal_takes_the_place_of_the_one_of_the_preset(goal):
+    assert DigitsConfig().ltp.target_compression
+    for words in ([f"--ltp.{goal.replace('_', '-')}=0.5"], [f"--ltp.{goal}", "0.5"]):
+        words = [word.replace("0.5", "5") if goal == "target_macs" else word for word in words]
+        ltp = parse({"digits": DigitsConfig()}, "", words).ltp
+        assert getattr(ltp, goal) in (0.5, 5)
+        assert ltp.target_compression is None
 
 
 def test_help_names_every_nested_option(capsys):

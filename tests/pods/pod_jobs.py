@@ -149,7 +149,7 @@ def assert_trail_is_whole(workdir: Path, epochs: int = 3) -> None:
 
 
 def assert_same_numbers(workdir: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """Losses, thresholds and accuracies of two runs are equal up to float rounding."""
+    """Losses, thresholds, accuracies and networks of two runs are equal up to float rounding."""
     for a, b in zip(metrics(workdir), metrics(other), strict=True):
         assert {key: a[key] for key in ("stage", "kind", "step")} == {key: b[key] for key in ("stage", "kind", "step")}
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance), (a["stage"], a["step"])
@@ -159,3 +159,14 @@ def assert_same_numbers(workdir: Path, other: Path, tolerance: float = 1e-5) -> 
         # A weight or an image on the border may fall to either side.
         assert a.density == pytest.approx(b.density, abs=1e-4)
         assert a.top1 == pytest.approx(b.top1, abs=0.2)
+        network, other_network = Trail(workdir).restore(a), Trail(other).restore(b)
+        other_leaves = dict(named_leaves(other_network))
+        assert [name for name, _ in named_leaves(network)] == list(other_leaves)
+        sizes = {path: w.size for path, w in named_leaves(network["params"])}
+        for path, density in a.densities.items():
+            assert density * sizes[path] == pytest.approx(b.densities[path] * sizes[path], abs=2), (a.epoch, path)
+        for name, leaf in named_leaves(network):
+            kept = (leaf != 0) & (other_leaves[name] != 0)
+            np.testing.assert_allclose(
+                leaf[kept], other_leaves[name][kept], rtol=1e-4, atol=1e-5, err_msg=f"epoch {a.epoch}, {name}"
+            )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_same_numbers, assert_trail_is_whole, codes
+from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_same_numbers, assert_trail_is_whole, codes, free_port
 
 RESTORE = """
 import hashlib, sys
@@ -53,6 +53,20 @@ def test_number_of_processes_changes_nothing(jobs, undisturbed, tmp_path, proces
     restored = jobs.start([sys.executable, "-c", RESTORE, str(workdir)], processes, devices, {}, 120)
     assert_all_done(restored)
     assert len({process.stdout.splitlines()[-1] for process in restored}) == 1
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_partner_that_never_comes_is_one_message(jobs, tmp_path, process):
+    words = (
+        f"--distributed.coordinator-address=127.0.0.1:{free_port()}",
+        "--distributed.num-processes=2",
+        f"--distributed.process-id={process}",
+        "--distributed.initialization-timeout=2",
+    )
+    ended = jobs(tmp_path / "run", *words, timeout=60)
+    assert codes(ended) == [2], ended[0].stderr
+    assert ended[0].stderr.startswith("error: the processes of this job cannot reach each other: not all of them came")
+    assert ended[0].stderr.count("\n") == 1
 
 
 def test_parameters_may_be_split(jobs, undisturbed, tmp_path):

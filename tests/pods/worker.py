@@ -2,7 +2,7 @@
 
 LTP_SIGNAL is the number of the signal, LTP_BATCH the training batch of this process that sets it off, LTP_DELAY how
 many seconds later it comes. With LTP_WHILE_SAVING it comes when an entry of the trail, not the dense one, began to be
-written.
+written; with LTP_BEFORE_ENTRY just before, when the state of the same step is on disk.
 
 JAX looks for a SIGTERM of a job of several processes once a second, in which the whole of so small a run would pass:
 LTP_SLOWLY is how many seconds each batch after the signal takes.
@@ -38,6 +38,11 @@ def main() -> None:
             yield batch
 
     def watched_save(self, entry, params, batch_stats):
+        if entry.epoch > 0 and "LTP_BEFORE_ENTRY" in os.environ:
+            state, deadline = self.path.parent / "resume" / str(entry.step), time.monotonic() + 30
+            while not state.is_dir() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(os.getpid(), int(os.environ["LTP_SIGNAL"]))
         save(self, entry, params, batch_stats)
         if entry.epoch > 0 and "LTP_WHILE_SAVING" in os.environ:
             os.kill(os.getpid(), int(os.environ["LTP_SIGNAL"]))

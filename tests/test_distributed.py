@@ -1,0 +1,84 @@
+"""How a process is told of the others of its job: options, requests to stop, and errors that mean a lost one."""
+
+import os
+import signal
+import time
+
+import jax
+import pytest
+
+from experiments import distributed
+from experiments.config import ConfigError, DistributedConfig
+from experiments.console import explain, log, run_command
+from ltp_jax.trail import TrailError
+
+
+@pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
+def test_options_that_lack_one_are_refused(missing):
+    options = {"coordinator_address": "127.0.0.1:1", "num_processes": 2, "process_id": 0}
+    del options[missing]
+    with pytest.raises(ConfigError, match="are accepted all together, or none of them"):
+        distributed.initialize(DistributedConfig(**options))
+
+
+LOST = [
+    "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\nThe tasks have crashed.",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: before_save::0",
+    "ABORTED: Barrier failed because service is shutting down.",
+    "CANCELLED: Cancelled by the coordination service.",
+    "INTERNAL: Error dispatching computation: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] "
+    "Connection closed by peer [127.0.0.1]:20895",
+    "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:581] Read error: Connection reset by "
+    "peer",
+    "INTERNAL: NCCL operation async_err failed: remote process exited or there was a network error",
+    "INTERNAL: NCCL operation ncclAllReduce failed: unhandled system error. Last NCCL warning(error) log entry (may be "
+    "unrelated) 'socketProgress: Connection closed by remote peer host<47861>'.",
+]
+COMES_AGAIN = [
+    "INTERNAL: RET_CHECK failure (xla/service/spmd/spmd_partitioner.cc:1) while compiling",
+    "INTERNAL: NCCL operation ncclAllReduce failed: invalid usage",
+    "UNIMPLEMENTED: no such instruction on this backend",
+    "FAILED_PRECONDITION: the executable is for other devices",
+    "INVALID_ARGUMENT: wrong shape",
+    "RESOURCE_EXHAUSTED: Out of memory",
+]
+
+
+@pytest.mark.parametrize("said", LOST)
+def test_lost_process_is_told_by_what_broken_connections_say(monkeypatch, said):
+    monkeypatch.setattr(distributed, "_has_others", lambda: True)
+    error = jax.errors.JaxRuntimeError(said)
+    caused = TrailError("cannot write")
+    caused.__cause__ = error
+    for failure in (error, caused):
+        message, code = explain(failure)
+        assert code == distributed.START_AGAIN
+        assert message.startswith("another process of this job is gone; start all of them again")
+        assert message.endswith(f"({said.splitlines()[0]})")
+
+
+@pytest.mark.parametrize("said", COMES_AGAIN)
+def test_error_that_comes_again_is_no_lost_process(monkeypatch, said):
+    monkeypatch.setattr(distributed, "_has_others", lambda: True)
+    assert explain(jax.errors.JaxRuntimeError(said)) == (f"JaxRuntimeError: {said}", 1)
+
+
+def test_process_that_is_alone_has_none_to_lose():
+    assert distributed.lost_process(jax.errors.JaxRuntimeError(LOST[0])) is None
+
+
+def test_request_to_stop_a_command_is_a_message_and_start_again(monkeypatch, capsys):
+    monkeypatch.setattr(log, "handlers", [])
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == distributed.START_AGAIN
+    assert capsys.readouterr().err == (
+        "asked to stop: what was saved is whole, and the same command goes on from there\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == before
