@@ -158,7 +158,7 @@ def annealed(make: Make, end: float, until: float) -> Make:
 
 
 def starting(make: Make, offsets: Callable[[ltp.Plan, Any], dict[str, jax.Array]]) -> Make:
-    """Offsets begin at other values than the spreads of their layers: ``offsets(plan, params)`` by path."""
+    """Offsets begin at other values than those of LAMP: ``offsets(plan, params)`` by path."""
 
     def made(plan: ltp.Plan, steps: int) -> Pruner:
         pruner = make(plan, steps)
@@ -186,16 +186,10 @@ def at_zero(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
     return dict.fromkeys(plan.paths, jnp.zeros((), jnp.float32))
 
 
-def at_lamp(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
-    """The thresholds that the scores of LAMP (Lee et al., arXiv 2010.07611) give at the target.
-
-    The score of a weight is its square over the sum of the squares of those in its layer that are not smaller.
-    """
+def at_spread(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
+    """The weights of all layers are compared in units of the spread of their layer."""
     leaves = dict(ltp.named_leaves(params))
-    squares = {path: jnp.sort(jnp.square(leaves[path]).ravel()) for path in plan.paths}
-    scores = {path: s / jnp.cumsum(s[::-1])[::-1] for path, s in squares.items()}
-    smallest = jnp.quantile(jnp.concatenate(list(scores.values())), 1 - 1 / COMPRESSION)
-    return {path: jnp.log(squares[path][jnp.argmax(scores[path] >= smallest)]) / 2 for path in plan.paths}
+    return {path: jnp.log(jnp.std(jnp.abs(leaves[path]))) for path in plan.paths}
 
 
 class Variant(NamedTuple):
@@ -229,9 +223,9 @@ IDEAS: dict[str, Variant] = {
     "target, selects until 40 %": Variant(targeted(select=0.4)),
     "target, selects until 90 %": Variant(targeted(select=0.9)),
     "target, offsets begin at zero": Variant(starting(targeted(), at_zero)),
-    "target, offsets begin where LAMP has them": Variant(starting(targeted(), at_lamp)),
+    "target, offsets begin at the spreads": Variant(starting(targeted(), at_spread)),
     "target, one threshold for all layers": Variant(starting(targeted(optimizer=optax.sgd(0.0)), at_zero)),
-    "target, offsets stay at the spreads": Variant(targeted(optimizer=optax.sgd(0.0))),
+    "target, offsets stay where they begin": Variant(targeted(optimizer=optax.sgd(0.0))),
     "target, offsets by Adam at 1e-3": Variant(targeted(optimizer=optax.adam(1e-3))),
     "target, offsets by Adam at 3e-3": Variant(targeted(optimizer=optax.adam(3e-3))),
     "target, offsets by Adam at 1e-3, no momentum": Variant(targeted(optimizer=optax.adam(1e-3, b1=0.0))),

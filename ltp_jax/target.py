@@ -5,8 +5,8 @@ every step so that the kept weights follow the planned curve. The offsets ``a_l`
 gradient, less the component that would only change how much is pruned. That component is the multiplier λ of LTP's
 penalty, which is thereby set by the budget and no longer by the user.
 
-The offsets begin at ``log std(|w_l|)``: thresholds are compared across layers in units of each layer's spread, as the
-temperatures of eq. 15 are, and rescaling a layer that batch normalisation follows does not change what is pruned.
+The offsets begin where the scores of LAMP would put the thresholds of the target. The score of a weight has no scale,
+so that rescaling a layer that batch normalisation follows does not change what is pruned, as with eq. 15.
 """
 
 import math
@@ -39,7 +39,7 @@ class TargetState(flax.struct.PyTreeNode):
 
     Attributes:
       prune: what the verbs of the library take.
-      log_scale: ``log m``, a float32 scalar; ``m`` has no unit.
+      log_scale: ``log m``, a float32 scalar; ``m`` has no unit, and 1 is the target as LAMP has it.
       offsets: ``a_l`` by path, float32 scalars; ``exp(a_l)`` is in units of ``w``.
       optimizer: the state of the offsets' optimizer.
     """
@@ -123,7 +123,7 @@ def target_density(
 
     def init(params: Params) -> TargetState:
         prune = transform.init(params, plan, t0)
-        offsets = {path: jnp.log(temperature / t0) / 2 for path, temperature in prune.temperatures.items()}
+        offsets = lamp_offsets(params, density, shares)
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step.
         scale = solve_scale(params, offsets, planned(1), shares)
         return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets))
@@ -165,6 +165,26 @@ def target_density(
 def scaled_thresholds(scale: jax.Array, offsets: Scalars) -> Scalars:
     """``τ_l = (m · exp(a_l))²``, float32 scalars in units of ``w²``."""
     return {path: jnp.square(scale * jnp.exp(a)) for path, a in offsets.items()}
+
+
+def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
+    """``log √τ_l`` of the thresholds by which LAMP (Lee et al., arXiv 2010.07611) leaves a density.
+
+    The score of a weight is ``w² / Σ u²`` over the weights ``u`` of its layer that are no smaller than it. Weights of
+    all layers are compared by it. That of the largest weight of a layer is 1, so that no layer is left empty, and
+    small layers stay denser than large ones. Arguments and result as for ``exact_thresholds``; sorts each tensor once.
+    """
+    leaves = dict(named_leaves(params))
+    squares = {path: jnp.sort(jnp.square(leaves[path].astype(jnp.float32)).ravel()) for path in shares}
+    scores = {path: square / jnp.cumsum(square[::-1])[::-1] for path, square in squares.items()}  # ascending as well
+
+    def left(score: jax.Array) -> jax.Array:
+        counts = {path: values.size - jnp.searchsorted(values, score) for path, values in scores.items()}
+        return transform.total_cost(counts, shares)
+
+    smallest = jnp.minimum(_smallest_float(lambda score: left(score) <= density * (1 + 1e-6)), 1)
+    places = {path: jnp.searchsorted(values, smallest) for path, values in scores.items()}
+    return {path: jnp.log(squares[path][jnp.minimum(places[path], squares[path].size - 1)]) / 2 for path in shares}
 
 
 def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) -> tuple[jax.Array, Scalars, Scalars]:
@@ -274,11 +294,17 @@ def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Ma
         counts = {path: jnp.maximum(_counts(leaves[path], (tau,))[0], 1) for path, tau in thresholds.items()}
         return transform.total_cost(counts, shares)
 
+    return _smallest_float(lambda scale: left(scale) <= density * (1 + 1e-6))
+
+
+def _smallest_float(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The smallest positive float32 number that is enough, where every larger one is enough as well."""
+
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        enough = left(jax.lax.bitcast_convert_type(middle, jnp.float32)) <= density * (1 + 1e-6)
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+        is_enough = enough(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
     largest = jax.lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32)
     high = jax.lax.fori_loop(0, 32, halve, (jnp.int32(0), largest))[1]

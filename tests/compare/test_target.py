@@ -114,6 +114,16 @@ def test_exact_thresholds_meet_a_budget_of_costs():
     np.testing.assert_array_equal(hard["b"]["kernel"], [-5, 6, -7, 8])
 
 
+def test_lamp_by_hand():
+    # Scores of a, 1/30, 4/29, 9/25, 16/16; of b, 25/174, 36/149, 49/113, 64/64. Five of eight leave out the first two
+    # of a and the first of b.
+    offsets = target.lamp_offsets(TOY, 5 / 8, dict.fromkeys(ZERO, 1 / 8))
+    np.testing.assert_allclose([offsets[path] for path in ZERO], np.log([3.0, 6.0]), rtol=1e-6)
+    # Weights of a that cost three times as much: 4 of 16 buy the largest of each.
+    offsets = target.lamp_offsets(TOY, 4 / 16, {"a/kernel": 3 / 16, "b/kernel": 1 / 16})
+    np.testing.assert_allclose([offsets[path] for path in ZERO], np.log([4.0, 8.0]), rtol=1e-6)
+
+
 def test_exact_thresholds_under_jit_are_the_same_to_the_bit():
     params = initial_params()
     zero = {path: jnp.zeros(()) for path in shares(params)}
@@ -216,7 +226,7 @@ def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pr
 
 @pytest.mark.parametrize("prune_steps", [1, 5])
 def test_no_layer_is_empty_on_the_way(prune_steps):
-    # Only the largest weights of the other layers are as small, in units of their spread, as all of this one's.
+    # Weights of one size: as the threshold passes them, all of them are gone.
     params = initial_params()
     params["head"]["kernel"] = jnp.sign(params["head"]["kernel"]) + 1e-3 * params["head"]["kernel"]
     plan = ltp.plan(params)
