@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 import ltp_jax as ltp
+from experiments.chips import topology as find_topology
 from experiments.config import LtpConfig, TrainConfig
 from experiments.run import ltp_pruner, weights_optimizer
 from ltp_jax.adapters import linen_apply
@@ -36,6 +37,10 @@ from ltp_jax.training import create_state, cross_entropy, make_train_step
 
 class CompileError(Exception):
     """A step that could not be compiled. The message says why."""
+
+
+class TooSlow(CompileError):
+    """A step whose compilation did not end in time."""
 
 
 class DoesNotFit(CompileError):
@@ -71,10 +76,19 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Operations of one kind between chips: how many there are in a step, and the bytes that a chip gives to them."""
+    """Operations of one kind between chips, in a step.
+
+    Attributes:
+      count: how many there are.
+      bytes: of the arrays in them, on one chip, where they are whole: what is reduced, what was gathered, what is
+        about to be scattered or sent.
+      sent_bytes: that a chip sends. An operation goes around a ring of its group of n chips: (n − 1)/n of the bytes,
+        and twice that to reduce them for all. A permutation sends them all.
+    """
 
     count: int
     bytes: int
+    sent_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +145,16 @@ def abstract_step(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     return function, state, batch
 
 
+# The compiler alone is wanted of libtpu: no TPU is looked for, nor asked about on the network, and another compilation
+# may be going on.
+COMPILER_ONLY = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
 def compile_step(step: Step, timeout: float) -> Figures:
     """Compiles a step in a process of its own.
 
@@ -140,32 +164,25 @@ def compile_step(step: Step, timeout: float) -> Figures:
 
     Raises:
       DoesNotFit: if the step needs more memory than a chip has.
-      CompileError: if libtpu is not installed, knows no such slice, or does not come to an end.
+      TooSlow: if the compilation does not end in time.
+      CompileError: if libtpu is not installed, knows no such slice, or fails.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise CompileError("the compiler for TPUs is not installed; it comes with: pip install libtpu")
     with tempfile.TemporaryDirectory() as directory:
         request, answer = Path(directory) / "step", Path(directory) / "figures"
         request.write_bytes(cloudpickle.dumps(step))
-        # The compiler alone is wanted of libtpu: no TPU is looked for, nor asked about on the network, and another
-        # compilation may be going on.
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_LOG_DIR": "disabled",
-        }
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "experiments.ahead_of_time", str(request), str(answer)],
-                env=environment,
+                env=os.environ | COMPILER_ONLY,
                 cwd=Path(__file__).parent.parent,
                 capture_output=True,
                 text=True,
                 timeout=timeout,
             )
         except subprocess.TimeoutExpired as error:
-            raise CompileError(f"the compilation for {step.topology} did not end within {timeout:g} s") from error
+            raise TooSlow(f"the compilation for {step.topology} did not end within {timeout:g} s") from error
         if not answer.exists():
             raise CompileError(f"the compiler ended with code {done.returncode}: {_last_line(done.stderr)}")
         found = json.loads(answer.read_text())
@@ -178,13 +195,22 @@ def compile_step(step: Step, timeout: float) -> Figures:
     return Figures(**found, collectives=collectives)
 
 
-def measure(step: Step) -> Figures:
-    """Compiles a step in this process, for devices that are described by libtpu and not present."""
+def slice_mesh(name: str, fsdp: int) -> jax.sharding.Mesh:
+    """A mesh over the chips of a slice, which libtpu describes and which are not present."""
     # Imported here: JAX loads libtpu with it.
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=step.topology).devices
-    mesh = make_mesh(step.fsdp, devices)
+    slice_ = find_topology(name)
+    # A v4 chip has two cores, and libtpu would count each of them; a program has both as one device.
+    options = {"chip_config_name": "megacore"} if slice_.chip.name == "v4" else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    assert len(devices) == slice_.chips, f"libtpu has {len(devices)} devices for the {slice_.chips} chips of {name}"
+    return make_mesh(fsdp, devices)
+
+
+def measure(step: Step) -> Figures:
+    """Compiles a step in this process, for the chips of its slice."""
+    mesh = slice_mesh(step.topology, step.fsdp)
     function, state, batch = abstract_step(step, mesh)
     lowered = function.lower(state, batch)
     start = time.monotonic()
@@ -195,7 +221,7 @@ def measure(step: Step) -> Figures:
         flops=costs["flops"],
         bytes_accessed=costs["bytes accessed"],
         peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(compiled.as_text(), mesh.size),
         compile_seconds=round(seconds, 1),
     )
 
@@ -204,17 +230,70 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64}
 
 
-def collectives(hlo: str) -> dict[str, Collective]:
-    """The operations between chips in a compiled program, by kind; an asynchronous one is counted at its start."""
+def collectives(hlo: str, chips: int) -> dict[str, Collective]:
+    """The operations between chips in a compiled program, by kind.
+
+    An operation that goes on beside computations stands in the program more than once, under the same channel; it is
+    counted once.
+
+    Args:
+      hlo: the program as text.
+      chips: that run it.
+    """
     counts: dict[str, int] = collections.Counter()
     sizes: dict[str, int] = collections.Counter()
-    for result, kind, start in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", hlo):
-        shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-        size = sum(BITS.get(dtype, 32) // 8 * math.prod(map(int, filter(None, d.split(",")))) for dtype, d in shapes)
+    sent: dict[str, int] = collections.Counter()
+    computation, channels = "", set()
+    for line in hlo.splitlines():
+        if head := re.match(r"(?:ENTRY )?%(\S+) \(", line):
+            computation = head[1]
+        match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+        if match is None:
+            continue
+        channel = re.search(r"channel_id=(\d+)", line)
+        if channel is not None:
+            if channel[1] in channels:
+                continue
+            channels.add(channel[1])
+        result, kind, start = match.groups()
+        n = _group_size(line, chips)
+        size = _result_bytes(result, with_operands=start is not None and kind != "all-reduce")
+        if kind == "reduce-scatter":
+            size *= n
+        elif computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # so a TPU writes one: reduced as a whole in a computation that keeps a part
         counts[kind] += 1
-        # What starts an all-gather or a permutation gives back its operands beside its results.
-        sizes[kind] += size // 2 if start and kind != "all-reduce" else size
-    return {kind: Collective(count=counts[kind], bytes=sizes[kind]) for kind in KINDS if kind in counts}
+        sizes[kind] += size
+        if kind == "collective-permute":
+            sent[kind] += size
+        else:
+            sent[kind] += round((2 if kind == "all-reduce" else 1) * size * (n - 1) / n)
+    return {
+        kind: Collective(count=counts[kind], bytes=sizes[kind], sent_bytes=sent[kind])
+        for kind in KINDS
+        if kind in counts
+    }
+
+
+def _result_bytes(result: str, with_operands: bool) -> int:
+    """The bytes of an operation's results, which stand behind its operands in what some asynchronous ones return."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+    if with_operands:
+        arrays = [array for array in arrays if array != ("u32", "")]  # what the runtime keeps of it, at the end
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(BITS.get(dtype, 32) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+
+
+def _group_size(line: str, chips: int) -> int:
+    """How many chips an operation is between: ``{{0,1},{2,3}}``, ``[2,4]<=[8]``, or axes of a mesh; else all."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", match[2]))
+    return chips
 
 
 def needed_bytes(message: str) -> float | None:

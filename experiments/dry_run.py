@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ltp_jax as ltp
-from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, compile_step
+from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, TooSlow, compile_step
 from experiments.chips import Topology
 from experiments.chips import topology as find_topology
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
@@ -26,6 +26,7 @@ from ltp_jax.pruner import dense
 from ltp_jax.training import create_state
 
 IMAGENET_TRAIN_SIZE = 1_281_167
+COMPILE_TIMEOUT = 7200.0  # twice what the slowest step of a preset took so far on one busy core
 
 
 class DryRunConfig(Protocol):
@@ -53,7 +54,7 @@ def report(
     *,
     image_size: int | None = None,
     train_size: int = IMAGENET_TRAIN_SIZE,
-    timeout: float = 3600.0,
+    timeout: float = COMPILE_TIMEOUT,
 ) -> dict[str, Any]:
     """Prints what the run would do, and writes it to ``dry_run.json`` in the working directory.
 
@@ -68,7 +69,7 @@ def report(
       What is written: the facts of the run, and ``ltp`` and ``dense``, the compiler's figures, if there is a topology.
 
     Raises:
-      ConfigError: for an unknown topology, or a batch that the chips cannot share or hold.
+      ConfigError: for an unknown topology, or a batch or mesh that does not go with the chips or the data.
       RunError: if the step cannot be compiled.
     """
     started = time.time()
@@ -76,7 +77,7 @@ def report(
     topology = None if config.topology is None else find_topology(config.topology)
     devices = jax.device_count() if topology is None else topology.chips
     train = TrainConfig(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainConfig)})
-    _check_batch(train, config.mesh, devices)
+    _check_batch(train, config.mesh, devices, train_size)
     spec = models.spec(config.arch)
     size = image_size or config.image_size or spec.input_size
     shape = (size, size, spec.channels)
@@ -114,17 +115,14 @@ def report(
 def roofline(figures: Figures, topology: Topology, batch_size: int, train_size: int) -> dict[str, Any]:
     """How fast a step can be at best, by a chip's published peaks: as slow as the slowest of its three resources.
 
-    Collectives are taken as rings: a chip sends and receives twice what it reduces, less its own part.
-
     Returns:
       ``seconds`` by resource and of the step, ``images_per_second`` of the slice, and ``epoch_seconds``.
     """
-    chip, n = topology.chip, topology.chips
-    sent = sum(row.bytes * (2 if kind == "all-reduce" else 1) for kind, row in figures.collectives.items())
+    chip = topology.chip
     seconds = {
         "compute_seconds": figures.flops / chip.flops,
         "memory_seconds": figures.bytes_accessed / chip.bandwidth,
-        "interconnect_seconds": sent * (n - 1) / n / chip.interconnect,
+        "interconnect_seconds": sum(row.sent_bytes for row in figures.collectives.values()) / chip.interconnect,
     }
     step = max(seconds.values())
     return {
@@ -157,11 +155,14 @@ def activation_bytes(module: nn.Module, image: jax.ShapeDtypeStruct) -> int:
     return width * sum(math.prod(array.shape) for array in (*inputs.values(), *outputs))
 
 
-def _check_batch(train: TrainConfig, mesh: MeshConfig, devices: int) -> None:
-    if devices % mesh.fsdp:
+def _check_batch(train: TrainConfig, mesh: MeshConfig, devices: int, train_size: int) -> None:
+    # With these two every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
+    if mesh.fsdp < 1 or devices % mesh.fsdp:
         raise ConfigError(f"--mesh.fsdp is {mesh.fsdp}; accepted are divisors of the {devices} devices")
     if train.batch_size % devices:
         raise ConfigError(f"--train.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices")
+    if train.batch_size > train_size:
+        raise ConfigError(f"--train.batch-size is {train.batch_size}; the dataset has {train_size} images")
 
 
 def _facts(
@@ -187,6 +188,7 @@ def _facts(
         "parameters": sum(sizes.values()),
         "prunable": plan.prunable,
         "macs": round(sum(uses[path] * sizes[path] for path in plan.paths)),
+        "train_size": train_size,
         "batch_size": train.batch_size,
         "images_per_device": images,
         "steps_per_epoch": train_size // train.batch_size,
@@ -223,6 +225,8 @@ def _compile(step: Step, topology: Topology, facts: dict[str, Any], timeout: flo
             f"--train.batch-size is {step.train.batch_size}, which does not fit into the "
             f"{topology.chip.memory / 2**30:.0f} GiB of a {topology.chip.name} chip on {topology.name}; {largest}"
         ) from error
+    except TooSlow as error:
+        raise RunError(f"{error}; --dry-run-timeout allows more") from error
     except CompileError as error:
         raise RunError(f"{topology.name}: {error}") from error
 
@@ -270,7 +274,7 @@ def _facts_table(arch: str, facts: dict[str, Any], devices: int, topology: Topol
         "devices": f"{devices}",
         "images a step, and on each device": f"{facts['batch_size']:,}, {facts['images_per_device']:,}",
         "predicted memory of each device (estimate)": f"{facts['predicted_bytes'] / 2**30:.2f} GiB{of}",
-        "steps of an epoch": f"{facts['steps_per_epoch']:,}",
+        "images of an epoch, and steps": f"{facts['train_size']:,}, {facts['steps_per_epoch']:,}",
         "epochs": f"{facts['epochs']}",
         "trail entry, uncompressed": f"{facts['entry_bytes'] / 1e6:.1f} MB",
         "trail entry, at 10× and by entropy": f"{facts['entry_bytes_10x'] / 1e6:.1f} MB",
@@ -296,9 +300,11 @@ def _figures_table(found: dict[str, Any], topology: Topology) -> Table:
     row("GB accessed", "bytes_accessed", 1e9)
     row(f"peak GiB, of {topology.chip.memory / 2**30:.0f}", "peak_bytes", 2**30)
     for kind in dict.fromkeys([*pruning["collectives"], *plain["collectives"]]):
-        a, b = (side["collectives"].get(kind, {"count": 0, "bytes": 0}) for side in (pruning, plain))
+        none = {"count": 0, "bytes": 0, "sent_bytes": 0}
+        a, b = (side["collectives"].get(kind, none) for side in (pruning, plain))
         table.add_row(f"{kind}: count", f"{a['count']}", f"{b['count']}", "")
         table.add_row(f"{kind}: MB", f"{a['bytes'] / 1e6:.2f}", f"{b['bytes'] / 1e6:.2f}", "")
+        table.add_row(f"{kind}: MB sent", f"{a['sent_bytes'] / 1e6:.2f}", f"{b['sent_bytes'] / 1e6:.2f}", "")
     row("compile time, s", "compile_seconds", 1, ".0f")
     row("roofline, compute, ms", "compute_seconds", 1e-3)
     row("roofline, memory, ms", "memory_seconds", 1e-3)

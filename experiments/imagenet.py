@@ -1,6 +1,6 @@
 """Prunes the networks of the paper on ImageNet, or on any image-classification dataset of TFDS.
 
-python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50.safetensors --data-dir=/data/tfds
+python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.safetensors --data-dir=/data/tfds
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ import jax.numpy as jnp
 
 from experiments import dry_run
 from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse
-from experiments.console import run_command
-from experiments.data import Dataset, photographs
+from experiments.console import log, run_command
+from experiments.data import DataError, Dataset, photographs
+from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize
+from experiments.dry_run import COMPILE_TIMEOUT
 from experiments.run import Start, run
 from ltp_jax import models, pretrained
 from ltp_jax.pretrained import PretrainedError, WeightSettings
@@ -49,14 +51,16 @@ Arch = Literal[
 class ImagenetTrainConfig(TrainConfig):
     """Training of the weights: SGD with momentum, warm-up, and a cosine to zero."""
 
+    # Work for 4 to 32 chips, and well below the 8,192 up to which a learning rate in proportion to the batch is known
+    # to cost no accuracy (Goyal et al., arXiv 1706.02677).
     batch_size: int = 1024
     """Images per step, over all devices."""
     learning_rate: float
     """The highest learning rate of the weights for 256 images a step; it is scaled in proportion to the batch."""
 
-    def scaled(self) -> TrainConfig:
-        """The same with the learning rate for its own batch size."""
-        return dataclasses.replace(self, learning_rate=self.learning_rate * self.batch_size / 256)
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate * self.batch_size / 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,8 @@ class ImagenetConfig(Config):
     """Tell what the run would do and cost, without data or accelerator, and stop."""
     topology: str | None = None
     """With --dry-run: compile the training step for this TPU slice, such as v5e:4x4."""
+    dry_run_timeout: float = COMPILE_TIMEOUT
+    """With --topology: seconds that each compilation may take."""
     pretrain: ImagenetTrainConfig
     """Training of the dense network, from scratch or with a new head."""
     train: PruneTrainConfig
@@ -105,23 +111,52 @@ class ImagenetConfig(Config):
         super().check()
         if self.topology is not None and not self.dry_run:
             raise ConfigError("--topology compiles for a TPU that is not here; it goes with --dry-run")
-        if self.image_size is not None and self.image_size < 32:
-            raise ConfigError(f"--image-size is {self.image_size}; accepted is at least 32")
+        smallest = max(32, models.spec(self.arch).min_size)
+        if self.image_size is not None and self.image_size < smallest:
+            raise ConfigError(f"--image-size is {self.image_size}; accepted is at least {smallest} for {self.arch}")
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers is {self.workers}; accepted is 0 or more")
+        if self.max_unreadable < 0:
+            raise ConfigError(f"--max-unreadable is {self.max_unreadable}; accepted is 0 or more")
+        if self.dry_run_timeout <= 0:
+            raise ConfigError(f"--dry-run-timeout is {self.dry_run_timeout}; accepted is more than 0")
         if not self.dry_run and self.pretrained is None and self.dense is None and not self.train.from_scratch:
-            raise ConfigError(WHERE_WEIGHTS_COME_FROM.format(arch=self.arch))
+            raise ConfigError(where_weights_come_from(self.arch))
         if self.pretrained is not None and self.train.from_scratch:
             raise ConfigError("--pretrained and --train.from-scratch exclude each other")
 
 
 WHERE_WEIGHTS_COME_FROM = """\
---pretrained is missing: LTP starts from a trained network. Where torch is installed, save one so:
-  import safetensors.torch, timm, torchvision
-  model = torchvision.models.get_model({arch!r}, weights="DEFAULT")   # or timm.create_model({arch!r}, pretrained=True)
-  safetensors.torch.save_file(model.state_dict(), "{arch}.safetensors")
-and give --pretrained={arch}.safetensors. (A downloaded .pth file will do as well; --dense takes the dense/ directory
-of an earlier run; --train.from-scratch trains the dense network first.)"""
+--pretrained is missing: LTP starts from a trained network. Where {library} and safetensors are installed, save one so:
+  import safetensors.torch, {library}
+  model = {model}
+  safetensors.torch.save_file(model.state_dict(), "{file}")
+and give --pretrained={file}: its name tells whose weights they are.
+{others}A downloaded .pth file under its own name will do as well; --dense takes the dense/ directory of an
+earlier run; --train.from-scratch trains the dense network first."""
+
+
+def where_weights_come_from(arch: Arch) -> str:
+    """How to save weights of a network, those assumed by default first."""
+
+    def model(row: WeightSettings) -> str:
+        if row.naming == "torchvision":
+            return f'torchvision.models.get_model("{row.network}", weights="{row.release}")'
+        return f'timm.create_model("{row.release}", pretrained=True)'
+
+    def file(row: WeightSettings) -> str:
+        return f"{arch}-{row.digest or row.origin}.safetensors"
+
+    first, *rest = (row for row in pretrained.settings(arch) if row.naming in ("torchvision", "timm"))
+    others = "".join(
+        f"  {model(row)}: {file(row)}{'' if row.digest else f', with --origin={row.origin}'}\n" for row in rest
+    )
+    return WHERE_WEIGHTS_COME_FROM.format(
+        library=first.naming,
+        model=model(first),
+        file=file(first),
+        others=f"Other weights of it, and the name to save them under:\n{others}" if others else "",
+    )
 
 
 class Recipe(NamedTuple):
@@ -141,10 +176,17 @@ class Recipe(NamedTuple):
                 epochs=30,  # the paper's length for ResNet-50
                 learning_rate=self.learning_rate,
                 warmup_epochs=1,  # momentum is built up before pruning begins in earnest
+                momentum=0.9,  # as these networks were trained
                 weight_decay=self.weight_decay,
                 label_smoothing=self.label_smoothing,
             ),
-            ltp=LtpConfig(target_compression=target),
+            # Neither λ nor a rate of the thresholds is a setting here: to a target, λ is what the planned density makes
+            # of it at each step, and thresholds move in units of their own, at one rate for all networks.
+            ltp=LtpConfig(
+                target_compression=target,
+                prune=0.5,  # 15 epochs to descend: early enough to recover, late enough to see which weights matter
+                select=0.75,  # the freeze point: until then what was pruned may come back, then the network recovers
+            ),
         )
 
 
@@ -154,25 +196,44 @@ RESNET = Recipe(
     learning_rate=0.02,  # a fifth of the 0.1 that trains it from scratch
     weight_decay=5e-5,  # half of the dense recipe's: a network with a tenth of the weights fits less of the noise
     label_smoothing=0.1,  # as in the recipes that reach the best top-1 at 90 % sparsity
-    pretrain=ImagenetTrainConfig(epochs=90, learning_rate=0.1, warmup_epochs=5, weight_decay=1e-4, label_smoothing=0.1),
+    pretrain=ImagenetTrainConfig(
+        epochs=90,  # the usual length for these networks
+        learning_rate=0.1,  # as they were first trained, with 256 images a step
+        warmup_epochs=5,  # what large batches take at this rate, by Goyal et al.
+        momentum=0.9,
+        weight_decay=1e-4,  # as they were first trained
+        label_smoothing=0.1,  # so that pruning goes on with the loss that the network was trained by
+    ),
 )
 MOBILE = Recipe(
     learning_rate=0.01,  # each channel has few weights, so what is pruned must be taken over by fewer
     weight_decay=1e-5,  # as in the recipes of these networks; depthwise kernels do not bear more
     label_smoothing=0.1,  # they were trained with it
     pretrain=ImagenetTrainConfig(
-        epochs=180, learning_rate=0.1, warmup_epochs=5, weight_decay=4e-5, label_smoothing=0.1
+        epochs=180,  # small networks learn for longer than large ones before they stop gaining
+        learning_rate=0.1,  # SGD's usual rate with batch normalisation; the RMSProp of their papers has another
+        warmup_epochs=5,  # as above
+        momentum=0.9,
+        weight_decay=4e-5,  # MobileNetV2's own
+        label_smoothing=0.1,  # as they were first trained
     ),
 )
 ALEXNET = Recipe(
     learning_rate=0.0025,  # a quarter of the 0.01 that trains it: without batch normalisation it bears no more
     weight_decay=1e-4,  # a fifth of the dense recipe's, since pruning regularises its large dense layers already
     label_smoothing=0.0,  # it underfits ImageNet
-    pretrain=ImagenetTrainConfig(epochs=90, learning_rate=0.01, warmup_epochs=5, weight_decay=5e-4),
+    pretrain=ImagenetTrainConfig(
+        epochs=90,  # Krizhevsky's
+        learning_rate=0.01,  # Krizhevsky's, a tenth of what batch normalisation allows
+        warmup_epochs=5,  # as above
+        momentum=0.9,
+        weight_decay=5e-4,  # Krizhevsky's
+        label_smoothing=0.0,  # it underfits ImageNet
+    ),
 )
 
 # Targets lie a little past the paper's compression where it gives one. The trail leads there from the dense network,
-# so every milder compression is on it.
+# so every milder compression is on it. The small networks, of which no figure is at hand, have less to spare.
 PRESETS: dict[str, ImagenetConfig] = {
     "resnet50": RESNET.preset("resnet50", 10.0),  # paper: 9.1×
     "alexnet": ALEXNET.preset("alexnet", 28.0),  # paper: 26.4×
@@ -239,13 +300,33 @@ def make_module(config: ImagenetConfig, settings: WeightSettings, num_classes: i
     return models.create(config.arch, num_classes=num_classes, dtype=jnp.dtype(dtype), **settings.options)
 
 
+def dry_run_counts(config: ImagenetConfig) -> tuple[int, int, str | None]:
+    """Images of an epoch and classes, and what to say if they are ImageNet's for want of the dataset that is named."""
+    images, classes = dry_run.IMAGENET_TRAIN_SIZE, models.spec(config.arch).num_classes
+    if config.dataset == "imagenet2012":
+        return images, classes, None
+    try:
+        split = open_split(config.dataset, config.data_dir, "train")
+    except DataError as error:
+        reason = str(error).splitlines()[0]
+        return images, classes, f"{reason} ImageNet's {images:,} images and {classes:,} classes are assumed above."
+    return len(split), split.num_classes, None
+
+
 def main() -> None:
     config = parse(PRESETS, "Learned Threshold Pruning on ImageNet or any image-classification dataset of TFDS.")
-    config = dataclasses.replace(config, pretrain=config.pretrain.scaled(), train=config.train.scaled())
     if config.dry_run:
         settings = weight_settings(config)
-        module = make_module(config, settings, models.spec(config.arch).num_classes)
-        dry_run.report(config, module, image_size=config.image_size or settings.input_size)
+        train_size, num_classes, note = dry_run_counts(config)
+        dry_run.report(
+            config,
+            make_module(config, settings, num_classes),
+            image_size=config.image_size or settings.input_size,
+            train_size=train_size,
+            timeout=config.dry_run_timeout,
+        )
+        if note:
+            print(note)
         return
     initialize(config.distributed)
     if config.pretrained is None:
@@ -287,7 +368,27 @@ def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[D
     except (PretrainedError, ValueError) as error:
         raise ConfigError(f"--pretrained: {error}") from error
 
+    # Looked at now, and told when there is a log to tell it in.
+    others = () if config.origin is not None else pretrained.alternatives(config.pretrained, settings)
+
     def load(dataset: Dataset) -> Start:
+        log.info(
+            "weights: %s of %s (%s): the middle %d px of images resized to %d, %s, top-1 %s",
+            config.arch,
+            settings.origin,
+            settings.release,
+            settings.input_size,
+            settings.resize_size,
+            settings.interpolation,
+            "not published" if settings.top1 is None else f"{settings.top1} % as published",
+        )
+        if others:
+            log.warning(
+                "weights: nothing in %s or its name tells whether they are of %s; %s is assumed, --origin says it",
+                config.pretrained,
+                " or ".join((settings.origin, *others)),
+                settings.origin,
+            )
         classes = models.spec(config.arch).num_classes
         if dataset.num_classes == classes:
             published = dataset.name == "imagenet2012" and config.image_size in (None, settings.input_size)
@@ -295,7 +396,7 @@ def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[D
         fresh, _ = pretrained.load(
             config.pretrained or "",
             config.arch,
-            origin=config.origin,
+            origin=settings.origin,
             num_classes=dataset.num_classes,
             head_key=jax.random.key(config.seed),
         )

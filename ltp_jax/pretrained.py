@@ -23,7 +23,7 @@ from .models.state_dict import PretrainedError, StateDict, read_state_dict
 from .models.torch_names import torch_names
 from .models.weights import WEIGHTS, WeightSettings, settings
 
-__all__ = ["PretrainedError", "WeightSettings", "load", "settings"]
+__all__ = ["PretrainedError", "WeightSettings", "alternatives", "load", "settings"]
 
 Variables = dict[str, Any]
 Shape = tuple[int, ...]
@@ -46,7 +46,8 @@ def load(
         containers only.
       name: one of the networks for which `settings(name)` is not empty.
       origin: whose weights they are, an `origin` of `settings(name)`. When None it is seen from the tensors' names
-        and the digest in the file's name; where both leave a choice, the first of `settings(name)` is taken.
+        and the digest in the file's name; where both leave a choice, which `alternatives` tells, the first of
+        `settings(name)` is taken.
       num_classes: classes of the head; the network's own number when None.
       head_key: when given, the head in the file is ignored and a new one, for `num_classes`, is drawn from this key.
 
@@ -95,6 +96,23 @@ def load(
     return variables, chosen
 
 
+def alternatives(path: str | os.PathLike[str], chosen: WeightSettings) -> tuple[str, ...]:
+    """Origins that a file may be of as well as of the one chosen: nothing in it or in its name tells them apart."""
+    if _is_named(chosen, os.path.basename(path)):
+        return ()
+    template = _template(chosen.network, None)
+    names = torch_names(chosen.network, chosen.naming, template)
+    return tuple(
+        row.origin
+        for row in settings(chosen.network)
+        if row.origin != chosen.origin and torch_names(row.network, row.naming, template) == names
+    )
+
+
+def _is_named(row: WeightSettings, file_name: str) -> bool:
+    return row.digest is not None and row.digest in file_name
+
+
 def _template(name: str, num_classes: int | None) -> dict[str, Shape]:
     """The shape of every parameter and statistic of a network by its path; the two kinds differ in the last part."""
     network = models.spec(name)
@@ -121,7 +139,7 @@ def _choose(
             + (f"; the file has {example!r}" if example else "; the file has no tensors")
         )
     rows = [row for row in candidates if overlaps[row.naming] == best]
-    return next((row for row in rows if row.digest and row.digest in file_name), rows[0])
+    return next((row for row in rows if _is_named(row, file_name)), rows[0])
 
 
 def _convert(tensors: StateDict, template: Mapping[str, Shape], names: Mapping[str, str]) -> dict[str, np.ndarray]:

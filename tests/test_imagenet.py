@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from experiments import imagenet
-from experiments.config import ConfigError, parse
-from ltp_jax import models
+from experiments import imagenet, run
+from experiments.config import ConfigError, parse, record
+from experiments.distributed import START_AGAIN
+from ltp_jax import models, pretrained
 from ltp_jax.models.torch_names import torch_names
 from ltp_jax.pretrained import _template, _torch_shape
+from ltp_jax.sharding import make_mesh
 from ltp_jax.trail import Trail
 
 ROOT = Path(__file__).parents[1]
@@ -25,11 +28,37 @@ needs_photographs = pytest.mark.skipif(
 )
 
 
-def command(*words):
+# The command, which sends SIGTERM to itself with the training batch before the step that the environment says.
+STOPPED = """
+import os, signal
+from experiments import imagenet, run
+from experiments.console import run_command
+
+train_batches = run.Job._train_batches
+
+def stopped(self, batch_size, start_step):
+    for step, batch in enumerate(train_batches(self, batch_size, start_step), start_step + 1):
+        if step == int(os.environ["LTP_STEP"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+run.Job._train_batches = stopped
+run_command(imagenet.main)
+"""
+
+
+def command(*words, stop_at=None, cache=None):
+    environment = {"JAX_PLATFORMS": "cpu"}
+    if stop_at is not None:
+        environment["LTP_STEP"] = str(stop_at)
+    if cache is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    program = ["-m", "experiments.imagenet"] if stop_at is None else ["-c", STOPPED]
     return subprocess.run(
-        [sys.executable, "-m", "experiments.imagenet", *map(str, words)],
+        [sys.executable, *program, *map(str, words)],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=1800,
@@ -52,7 +81,7 @@ def weights_file(arch, path, naming="torchvision"):
 
 @needs_photographs
 def test_resnet50_from_pretrained_weights_to_trail_and_on_after_an_interruption(tmp_path):
-    """Two epochs at 32 pixels: the second start finds the first epoch's state and ends the run."""
+    """Two epochs of four steps at 32 pixels: the first start is stopped within the second, the next ends the run."""
     weights = weights_file("resnet50", tmp_path / "resnet50.safetensors")
     words = [
         "--arch=resnet50",
@@ -65,8 +94,16 @@ def test_resnet50_from_pretrained_weights_to_trail_and_on_after_an_interruption(
         "--train.epochs=2",
         "--ltp.target-compression=5",
     ]
-    done = command(*words)
+    stopped = command(*words, stop_at=6, cache=tmp_path / "cache")
+    assert stopped.returncode == START_AGAIN, stopped.stderr
+    assert Trail(tmp_path / "run").epochs == (0, 1)
+    done = command(*words, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "asked to stop: step 6 of prune is saved" in log
+    assert "prune: goes on from step 6" in log
+    assert "weights: resnet50 of torchvision (IMAGENET1K_V1): the middle 224 px of images resized to 256" in log
+    assert "are of torchvision or torchvision-v2 or timm; torchvision is assumed, --origin says it" in log
     trail = Trail(tmp_path / "run")
     assert [e.step for e in trail.entries] == [0, 4, 8]
     assert trail.entries[-1].compression == pytest.approx(5, rel=0.01)
@@ -75,15 +112,38 @@ def test_resnet50_from_pretrained_weights_to_trail_and_on_after_an_interruption(
     head = trail.restore(trail.dense)["params"]["head"]["kernel"]
     assert head.shape == (2048, 1000)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["train"]["learning_rate"] == pytest.approx(0.02 * 64 / 256)
-    again = command(*words)
-    assert again.returncode == 0, again.stderr
-    assert Trail(tmp_path / "run").entries == trail.entries
-    assert "prune: goes on from step 8" in (tmp_path / "run" / "log.txt").read_text()
+    assert config["train"]["learning_rate"] == 0.02  # as the user has it, for 256 images
     # Another run may take its dense network, and knows from it what images the weights want.
     assert config["origin"] == "torchvision"
     other = dataclasses.replace(imagenet.PRESETS["resnet50"], dense=tmp_path / "run" / "dense")
     assert imagenet.dense_settings(other).origin == "torchvision"
+
+
+@needs_photographs
+def test_a_stopped_run_ends_in_the_bits_of_an_undisturbed_one(tmp_path):
+    weights = weights_file("resnet18", tmp_path / "resnet18.safetensors")
+    words = [
+        "--arch=resnet18",
+        f"--pretrained={weights}",
+        f"--data-dir={DATA}",
+        "--image-size=32",
+        "--workers=0",
+        "--train.batch-size=128",
+        "--train.epochs=2",
+        "--ltp.target-compression=3",
+    ]
+    cache = tmp_path / "cache"
+    ended = [
+        command(*words, f"--workdir={tmp_path / 'whole'}", cache=cache).returncode,
+        command(*words, f"--workdir={tmp_path / 'run'}", stop_at=3, cache=cache).returncode,
+        command(*words, f"--workdir={tmp_path / 'run'}", cache=cache).returncode,
+    ]
+    assert ended == [0, START_AGAIN, 0]
+    assert "prune: goes on from step 3" in (tmp_path / "run" / "log.txt").read_text()
+    whole, resumed = Trail(tmp_path / "whole"), Trail(tmp_path / "run")
+    assert resumed.entries == whole.entries
+    for entry in whole.entries:
+        chex.assert_trees_all_equal(resumed.restore(entry), whole.restore(entry))
 
 
 @needs_photographs
@@ -111,6 +171,19 @@ def test_other_dataset_gets_a_new_head_and_training_before_pruning(tmp_path):
     assert trail.entries[-1].compression == pytest.approx(3, rel=0.01)
 
 
+@pytest.mark.parametrize(("top1", "told"), [(74.9, True), (75.1, False), (76.9, False), (77.1, True)])
+def test_a_dense_network_far_from_what_was_published_is_told(tmp_path, monkeypatch, top1, told):
+    """More accurate than published is suspicious, too: then they are other weights."""
+    warnings = []
+    monkeypatch.setattr(run.log, "warning", lambda message, *args: warnings.append(message % args))
+    monkeypatch.setattr(run, "save_network", lambda *args: None)
+    monkeypatch.setattr(run.Job, "_evaluate", lambda *args: {"top1": top1})
+    job = object.__new__(run.Job)
+    job.mesh = make_mesh()
+    job._take(run.Start({}, {}, trained=True, expected_top1=76.0), tmp_path / "dense")
+    assert [f"has {top1:.2f} % top-1 where 76.00 % was published" in text for text in warnings] == [True] * told
+
+
 def test_a_dense_network_of_unknown_origin_is_refused(tmp_path):
     config = dataclasses.replace(imagenet.PRESETS["resnet50"], dense=tmp_path / "dense")
     with pytest.raises(ConfigError, match=r"--origin is missing: .*config.json .* torchvision, torchvision-v2"):
@@ -133,9 +206,69 @@ def test_dry_run_needs_neither_data_nor_weights(tmp_path):
     assert "stem/conv/kernel" in done.stdout
 
 
+@needs_photographs
+def test_dry_run_counts_the_dataset_that_is_named(tmp_path):
+    done = command("--dry-run", f"--workdir={tmp_path}", "--dataset=clothing_small", f"--data-dir={DATA}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "dry_run.json").read_text())
+    assert (found["train_size"], found["steps_per_epoch"]) == (3068, 2)
+    assert found["parameters"] == 25_557_032 - 990 * 2049  # a head of ten classes
+    assert "assumed" not in done.stdout
+
+
+def test_dry_run_says_that_counts_are_assumed(tmp_path):
+    config = dataclasses.replace(imagenet.PRESETS["resnet50"], dataset="of_nobody", data_dir=str(tmp_path))
+    images, classes, note = imagenet.dry_run_counts(config)
+    assert (images, classes) == (1_281_167, 1000)
+    assert note is not None
+    assert "'of_nobody'" in note
+    assert note.endswith("ImageNet's 1,281,167 images and 1,000 classes are assumed above.")
+    assert imagenet.dry_run_counts(imagenet.PRESETS["resnet50"]) == (1_281_167, 1000, None)
+
+
 def test_missing_weights_are_explained():
-    with pytest.raises(ConfigError, match=r"--pretrained is missing(.|\n)*safetensors.torch.save_file"):
+    with pytest.raises(ConfigError, match=r"--pretrained is missing(.|\n)*safetensors.torch.save_file") as told:
         parse(imagenet.PRESETS, "", ["--arch=resnet50"])
+    text = str(told.value)
+    assert 'model = torchvision.models.get_model("resnet50", weights="IMAGENET1K_V1")' in text
+    assert 'get_model("resnet50", weights="IMAGENET1K_V2"): resnet50-11ad3fa6.safetensors' in text
+    assert 'create_model("resnet50.a1_in1k", pretrained=True): resnet50-timm.safetensors, with --origin=timm' in text
+
+
+@pytest.mark.parametrize("arch", imagenet.PRESETS)
+def test_weights_saved_as_explained_are_known_by_their_name(arch):
+    """Whichever weights a user saves, the file's name or the option that goes with it says which they are."""
+    text = imagenet.where_weights_come_from(arch)
+    first, *rest = (row for row in pretrained.settings(arch) if row.naming != "efficientnet_pytorch")
+    for row in (first, *rest):
+        assert f'"{row.release}"' in text
+        name = f"{arch}-{row.digest or row.origin}.safetensors"
+        assert name in text
+        told_by_option = f"{name}, with --origin={row.origin}" in text
+        assert told_by_option or pretrained.alternatives(name, row) == ()
+
+
+def test_learning_rate_grows_with_the_batch_and_is_recorded_as_typed(tmp_path):
+    words = ["--pretrained=w", f"--workdir={tmp_path}", "--train.batch-size=512", "--train.learning-rate=0.03"]
+    config = parse(imagenet.PRESETS, "", words)
+    assert config.train.peak_learning_rate == pytest.approx(0.06)
+    record(config)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["learning_rate"] == 0.03
+    with pytest.raises(ConfigError, match=r"--train\.learning-rate was 0\.03, is 0\.02\."):
+        record(parse(imagenet.PRESETS, "", words[:-1]))
+
+
+def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
+    config = dataclasses.replace(imagenet.PRESETS["resnet50"], workdir=tmp_path, pretrained=Path("a"))
+    record(config)
+    record(dataclasses.replace(config, workers=3, max_unreadable=7, dry_run_timeout=1.0))
+    moved = dataclasses.replace(config, pretrained=Path("b"))
+    with pytest.raises(ConfigError, match="--pretrained was a, is b"):
+        record(moved)
+    (tmp_path / "dense").mkdir()  # what the run took from the file is kept
+    record(moved)
+    with pytest.raises(ConfigError, match="--origin was None, is torchvision-v2"):
+        record(dataclasses.replace(moved, origin="torchvision-v2"))
 
 
 @pytest.mark.parametrize(
@@ -143,13 +276,16 @@ def test_missing_weights_are_explained():
     [
         (["--topology=v5e:4x4", "--pretrained=w"], "--topology .* goes with --dry-run"),
         (["--pretrained=w", "--train.from-scratch"], "exclude each other"),
-        (["--pretrained=w", "--image-size=8"], "--image-size is 8"),
+        (["--pretrained=w", "--image-size=8"], "--image-size is 8; accepted is at least 32 for resnet50"),
+        (["--dry-run", "--arch=alexnet", "--image-size=62"], "--image-size is 62; accepted is at least 63 for alexnet"),
+        (["--pretrained=w", "--max-unreadable=-1"], "--max-unreadable is -1; accepted is 0 or more"),
+        (["--dry-run", "--dry-run-timeout=0"], "--dry-run-timeout is 0.0; accepted is more than 0"),
         (["--pretrained=w", "--workers=-1"], "--workers is -1"),
         (
             ["--pretrained=w", "--ltp.target-compression=0.5"],
             "--ltp.target-compression is 0.5; accepted is more than 1",
         ),
-        (["--pretrained=w", "--ltp.target-macs=4"], "--ltp.target-compression and --ltp.target-macs exclude"),
+        (["--pretrained=w", "--ltp.target-macs=4", "--ltp.penalty=1"], "--ltp.penalty and --ltp.target-macs exclude"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(words, message):

@@ -46,7 +46,7 @@ class Compile:
     """The slice."""
     images_per_chip: int = 256
     """The batch of each chip."""
-    timeout: float = 3600.0
+    timeout: float = 7200.0
     """Seconds that a compilation may take."""
 
 

@@ -57,4 +57,4 @@ class AlexNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x.astype(jnp.float32))
 
 
-NETWORKS = (NetworkSpec("alexnet", AlexNet, {}, 224, 61_100_840),)
+NETWORKS = (NetworkSpec("alexnet", AlexNet, {}, 224, 61_100_840, min_size=63),)

@@ -18,6 +18,7 @@ class NetworkSpec:
       module: the Linen class that builds it.
       options: the fields of `module` that make it this member of its family.
       input_size: height and width, in pixels, of the images that it was designed for.
+      min_size: the smallest height and width that it computes.
       parameters: how many parameters it has with its own number of classes.
       channels: of an input image.
       num_classes: logits when nothing else is asked for.
@@ -30,3 +31,4 @@ class NetworkSpec:
     parameters: int
     channels: int = 3
     num_classes: int = 1000
+    min_size: int = 1

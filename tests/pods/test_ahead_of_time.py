@@ -3,17 +3,31 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from experiments import dry_run
-from experiments.ahead_of_time import CompileError, DoesNotFit, Step, collectives, compile_step, needed_bytes
+from experiments.ahead_of_time import (
+    COMPILER_ONLY,
+    DoesNotFit,
+    Figures,
+    Step,
+    TooSlow,
+    collectives,
+    compile_step,
+    needed_bytes,
+)
 from experiments.chips import topology
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
+from experiments.console import RunError
 from ltp_jax import models
 
+ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
 )
@@ -60,8 +74,32 @@ def test_compilation_that_does_not_end_is_told(tmp_path):
         fsdp=1,
         topology="v5e:2x2",
     )
-    with pytest.raises(CompileError, match=r"v5e:2x2 did not end within 0\.1 s"):
+    with pytest.raises(TooSlow, match=r"v5e:2x2 did not end within 0\.1 s"):
         compile_step(step, timeout=0.1)
+
+
+@needs_libtpu
+def test_slow_compilation_names_the_option_that_allows_more(tmp_path):
+    with pytest.raises(RunError, match=r"v5e:2x2 did not end within 0\.1 s; --dry-run-timeout allows more"):
+        dry_run.report(Options(tmp_path, topology="v5e:2x2"), module(), train_size=1257, timeout=0.1)
+
+
+@needs_libtpu
+def test_mesh_of_each_kind_of_slice():
+    """A device for each chip: JAX makes no mesh of the cores of a chip."""
+    code = (
+        "from experiments.ahead_of_time import slice_mesh;"
+        "print([slice_mesh(name, 2).shape for name in ('v4:2x2x2', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | COMPILER_ONLY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.count("('data', 4), ('fsdp', 2)") == 4, done.stderr
 
 
 @pytest.mark.parametrize("mebibytes", [15, 17, 400])
@@ -129,12 +167,99 @@ def test_batch_that_chips_cannot_share_is_refused(tmp_path):
         dry_run.report(Options(tmp_path, train=train, topology="v5e:4x4"), module())
 
 
+def test_batch_that_the_data_do_not_fill_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--train.batch-size is 64; the dataset has 63 images"):
+        dry_run.report(Options(tmp_path), module(), train_size=63)
+
+
+@pytest.mark.parametrize("fsdp", [0, -2, 3, 32])
+def test_mesh_that_chips_cannot_form_is_refused(tmp_path, fsdp):
+    options = Options(tmp_path, mesh=MeshConfig(fsdp=fsdp), topology="v5e:4x4")
+    with pytest.raises(ConfigError, match=rf"--mesh.fsdp is {fsdp}; accepted are divisors of the 16 devices"):
+        dry_run.report(options, module())
+
+
+def found_in(hlo, chips=8):
+    return {kind: dataclasses.astuple(row) for kind, row in collectives(hlo, chips).items()}
+
+
 def test_collectives_of_a_program():
+    """Between all of 8 chips: 7/8 of the bytes are sent, and twice that by what reduces for all."""
     hlo = """
-      %a = (f32[64]{0:T(128)S(1)}, bf16[2,3]{1,0}) all-reduce(%x, %y), channel_id=1
+      %a = (f32[64]{0:T(128)S(1)}, bf16[2,4]{1,0}) all-reduce(%x, %y), channel_id=1
       %b = f32[10]{0} all-reduce-start(%z), channel_id=2
-      %c = (f32[4]{0}, f32[8]{0}) all-gather-start(%w), channel_id=3
       %d = f32[10]{0} all-reduce-done(%b)
+      %e = f32[16384]{0} all-gather(%w), channel_id=4
+      %f = (f32[4], f32[4]) collective-permute-start(%v), source_target_pairs={{0,1},{1,0}}
     """
-    found = {kind: dataclasses.astuple(row) for kind, row in collectives(hlo).items()}
-    assert found == {"all-reduce": (2, 64 * 4 + 6 * 2 + 40), "all-gather": (1, 24)}
+    assert found_in(hlo) == {
+        "all-reduce": (2, 272 + 40, 476 + 70),
+        "all-gather": (1, 65_536, 57_344),
+        "collective-permute": (1, 16, 16),
+    }
+
+
+def test_asynchronous_forms_count_as_the_others():
+    """What starts one gives back its operands and marks of the runtime beside the results."""
+    for gather in (
+        "f32[16384]{0} all-gather(%w), replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "(f32[4096]{0}, f32[16384]{0}) all-gather-start(%w), replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "((f32[1024], f32[3072]), (f32[4096], f32[12288])) all-gather-start(%v, %w), replica_groups=[2,4]<=[8]",
+    ):
+        assert found_in(f"%a = {gather}") == {"all-gather": (1, 65_536, 49_152)}
+    for scatter in (
+        "f32[2048]{0} reduce-scatter(%w), replica_groups=[1,8]<=[8]",
+        "((f32[16384]{0}), f32[2048]{0}, u32[], u32[]) reduce-scatter-start(%w), replica_groups={}",
+    ):
+        assert found_in(f"%a = {scatter}") == {"reduce-scatter": (1, 65_536, 57_344)}
+
+
+@pytest.mark.parametrize(
+    ("groups", "n"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 4),
+        ("{}", 8),
+    ],
+)
+def test_a_ring_goes_through_the_group_of_its_operation(groups, n):
+    hlo = f"%a = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true"
+    assert found_in(hlo) == {"all-reduce": (1, 32, 64 * (n - 1) // n)}
+
+
+def test_an_operation_beside_computations_is_counted_once():
+    """As the TPU compiler writes it: in the computation that starts it, those that go on meanwhile, and the last."""
+    hlo = """
+%fused_computation.1 (p: bf16[8]) -> (bf16[8], bf16[64], u32[]) {
+  %all-gather.1 = bf16[64]{0} all-gather(%p), channel_id=6, replica_groups=[1,8]<=[8]
+}
+%fused_computation.2 (p: bf16[8]) -> bf16[64] {
+  %all-gather.2 = bf16[64]{0} all-gather(%p), channel_id=6, replica_groups=[1,8]<=[8]
+}
+    """
+    assert found_in(hlo) == {"all-gather": (1, 128, 112)}
+
+
+def test_a_scattered_sum_is_no_sum_for_all():
+    """A TPU program reduces as a whole in a computation of that name, of which each chip keeps a part."""
+    hlo = """
+%all-reduce-scatter (input: bf16[64]) -> bf16[8] {
+  %all-reduce.1 = bf16[64]{0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %all-reduce.2 = f32[8]{0} all-reduce(%p), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+    """
+    assert found_in(hlo) == {"all-reduce": (1, 32, 56), "reduce-scatter": (1, 128, 112)}
+
+
+def test_roofline_charges_what_is_sent():
+    rows = collectives("%a = f32[500]{0} all-gather(%x), replica_groups={{0,1},{2,3}}", 4)
+    figures = Figures(flops=197e9, bytes_accessed=819e6, peak_bytes=0, collectives=rows, compile_seconds=0)
+    found = dry_run.roofline(figures, topology("v5e:2x2"), batch_size=64, train_size=640)
+    assert found["interconnect_seconds"] == pytest.approx(1000 / 200e9)
+    assert found["compute_seconds"] == pytest.approx(1e-3)
+    assert found["epoch_seconds"] == pytest.approx(1e-2)
