@@ -8,9 +8,8 @@ All on LeNet-300-100 with batch normalisation and Fashion-MNIST, judged on train
 
 import dataclasses
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +19,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import ltp_jax as ltp
-from experiments.baselines import gradual_magnitude
+from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS
 from experiments.compare_report import read_cells, spread, write_cell
 from experiments.config import ConfigError, TrainConfig
 from experiments.console import run_command
 from experiments.harness import Harness, Run, hold_out
-from ltp_jax.pruner import Pruner, learned_thresholds
-from ltp_jax.target import target_density
+from experiments.run import weights_optimizer
+from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"
-COMPRESSION = 64.0  # of the variants that have a target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,198 +51,31 @@ class AblationConfig:
     """Where the picture of a report goes."""
 
 
-Make = Callable[[ltp.Plan, int], Pruner]
-"""``(plan, training steps) -> pruner``."""
-
-
-def penalised(penalty: float, **options: Any) -> Make:
-    """LTP to a penalty: a ramp over the first half of the run, then frozen thresholds, Adam for them."""
-
-    def make(plan: ltp.Plan, steps: int) -> Pruner:
-        learn_steps = steps // 2
-        ramp = optax.linear_schedule(0.0, penalty, learn_steps)
-        return learned_thresholds(plan, ramp, optax.adam(6 / learn_steps), learn_steps=learn_steps, **options)
-
-    return make
-
-
-def norm_penalised(penalty: float, order: int) -> Make:
-    """The same with an L1 or L2 penalty on the pruned weights in place of L0.
-
-    It is in units of each layer's spread: of normally distributed weights one counts 1.3 by L1 and 2.8 by L2.
-    """
-
-    def make(plan: ltp.Plan, steps: int) -> Pruner:
-        pruner = penalised(0.0)(plan, steps)
-        ramp = optax.linear_schedule(0.0, penalty, steps // 2)
-
-        def norms(params: Any) -> dict[str, jax.Array]:
-            leaves = dict(ltp.named_leaves(params))
-            return {path: jnp.sum(jnp.abs(leaves[path]) ** order) for path in plan.paths}
-
-        def soften(params, thresholds, state, step):
-            pruned, _ = pruner.soften(params, thresholds, state, step)
-            # The spread of the trained weights, Var(|w|) = T / t0, makes layers of all scales count alike.
-            scales = {path: (t / 1e-3) ** (order / 2) for path, t in state.prune.temperatures.items()}
-            total = sum((norm / scales[path] for path, norm in norms(pruned).items()), start=jnp.zeros(()))
-            return pruned, ramp(step) * total / plan.prunable
-
-        return pruner._replace(soften=soften)
-
-    return make
-
-
-def targeted(
-    *,
-    prune: float = 0.4,
-    select: float = 0.75,
-    t0: float = 1e-2,
-    optimizer: optax.GradientTransformation | None = None,
-) -> Make:
-    """LTP to a target: the shares of the run that it prunes and selects in, and the offsets' optimizer."""
-
-    def make(plan: ltp.Plan, steps: int) -> Pruner:
-        return target_density(
-            plan,
-            1 / COMPRESSION,
-            prune_steps=round(prune * steps),
-            select_steps=round(select * steps),
-            t0=t0,
-            optimizer=optimizer,
-        )
-
-    return make
-
-
-def magnitude(prune: float) -> Make:
-    """Global magnitude pruning with a cubic schedule."""
-    return lambda plan, steps: gradual_magnitude(plan, 1 / COMPRESSION, prune_steps=round(prune * steps), every=20)
-
-
-def straight_through(make: Make, until: float) -> Make:
-    """For a share of the run, pruned weights get the gradient of dense ones, so that they may come back."""
-
-    def made(plan: ltp.Plan, steps: int) -> Pruner:
-        pruner = make(plan, steps)
-
-        def soften(params, thresholds, state, step):
-            dense = jnp.where(step < until * steps, 1.0, 0.0)
-            fixed = jax.lax.stop_gradient(params)
-            pruned, penalty = pruner.soften(
-                jax.tree.map(lambda w, f: w * (1 - dense) + f * dense, params, fixed), thresholds, state, step
-            )
-            return jax.tree.map(lambda v, w, f: v + dense * (w - f), pruned, params, fixed), penalty
-
-        return pruner._replace(soften=soften)
-
-    return made
-
-
-def annealed(make: Make, end: float, until: float) -> Make:
-    """The temperature falls geometrically to a share ``end`` of itself within a share ``until`` of the run."""
-
-    def made(plan: ltp.Plan, steps: int) -> Pruner:
-        pruner = make(plan, steps)
-
-        def soften(params, thresholds, state, step):
-            factor = jnp.float32(end) ** jnp.clip(step / (until * steps), 0, 1)
-            temperatures = {path: t * factor for path, t in state.prune.temperatures.items()}
-            cooled = state.replace(prune=state.prune.replace(temperatures=temperatures))
-            return pruner.soften(params, thresholds, cooled, step)
-
-        return pruner._replace(soften=soften)
-
-    return made
-
-
-def starting(make: Make, offsets: Callable[[ltp.Plan, Any], dict[str, jax.Array]]) -> Make:
-    """Offsets begin at other values than those of LAMP: ``offsets(plan, params)`` by path."""
-
-    def made(plan: ltp.Plan, steps: int) -> Pruner:
-        pruner = make(plan, steps)
-
-        def init(params: Any) -> Any:
-            state = pruner.init(params)
-            # A scale that leaves as many weights as the pruner's own.
-            moved = offsets(plan, params)
-            weights = dict(ltp.named_leaves(params))
-            sizes = jnp.concatenate([jnp.abs(weights[path]).ravel() / jnp.exp(moved[path]) for path in plan.paths])
-            whole = jnp.concatenate(
-                [jnp.abs(weights[path]).ravel() / jnp.exp(state.offsets[path]) for path in plan.paths]
-            )
-            share = jnp.mean(whole > jnp.exp(state.log_scale))
-            return state.replace(offsets=moved, log_scale=jnp.log(jnp.quantile(sizes, 1 - share)))
-
-        return pruner._replace(init=init)
-
-    return made
-
-
-def at_zero(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
-    """The weights of all layers are compared as they are."""
-    del params
-    return dict.fromkeys(plan.paths, jnp.zeros((), jnp.float32))
-
-
-def at_spread(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
-    """The weights of all layers are compared in units of the spread of their layer."""
-    leaves = dict(ltp.named_leaves(params))
-    return {path: jnp.log(jnp.std(jnp.abs(leaves[path]))) for path in plan.paths}
-
-
-class Variant(NamedTuple):
-    """How to make a pruner, and how the weights are trained with it."""
-
-    make: Make
-    learning_rate: float = 0.1
-    weight_decay: float = 1e-3
-    distill: float = 0.0
-
-
-PENALTIES = (10.0, 40.0)
-CLAIMS: dict[str, Make] = {
-    **{f"L0 on thresholds alone, eq. 14, penalty {p:g}": penalised(p) for p in PENALTIES},
-    **{f"exact gradient of the mask, penalty {p:g}": penalised(p, exact_gradient=True) for p in PENALTIES},
-    **{f"L0 on weights too, penalty {p:g}": penalised(p, l0_to_weights=True) for p in PENALTIES},
-    **{f"L1 in place of L0, penalty {p:g}": norm_penalised(p, 1) for p in PENALTIES},
-    **{f"L2 in place of L0, penalty {p:g}": norm_penalised(p, 2) for p in PENALTIES},
-    **{f"T0 {t0:g}, penalty 10": penalised(10.0, t0=t0) for t0 in (1e-4, 1e-2, 1e-1)},
-}
-"""The paper's choices and their opposites, to a penalty, without weight decay."""
-IDEAS: dict[str, Variant] = {
-    "target": Variant(targeted()),
-    "target, no weight decay": Variant(targeted(), weight_decay=0.0),
-    "target, weight decay 5e-4": Variant(targeted(), weight_decay=5e-4),
-    "target, weight decay 2e-3": Variant(targeted(), weight_decay=2e-3),
-    "target, rate 0.05": Variant(targeted(), learning_rate=0.05),
-    "target, rate 0.2": Variant(targeted(), learning_rate=0.2),
-    "target, pruned within 20 %": Variant(targeted(prune=0.2)),
-    "target, pruned within 80 %, selects until 90 %": Variant(targeted(prune=0.8, select=0.9)),
-    "target, selects until 40 %": Variant(targeted(select=0.4)),
-    "target, selects until 90 %": Variant(targeted(select=0.9)),
-    "target, offsets begin at zero": Variant(starting(targeted(), at_zero)),
-    "target, offsets begin at the spreads": Variant(starting(targeted(), at_spread)),
-    "target, one threshold for all layers": Variant(starting(targeted(optimizer=optax.sgd(0.0)), at_zero)),
-    "target, offsets stay where they begin": Variant(targeted(optimizer=optax.sgd(0.0))),
-    "target, offsets by Adam at 1e-3": Variant(targeted(optimizer=optax.adam(1e-3))),
-    "target, offsets by Adam at 3e-3": Variant(targeted(optimizer=optax.adam(3e-3))),
-    "target, offsets by Adam at 1e-3, no momentum": Variant(targeted(optimizer=optax.adam(1e-3, b1=0.0))),
-    "target, T0 1e-3": Variant(targeted(t0=1e-3)),
-    "target, T0 5e-2": Variant(targeted(t0=5e-2)),
-    "target, T0 falls from 5e-2 to 1e-3": Variant(annealed(targeted(t0=5e-2), 0.02, 0.75)),
-    "target, dense gradients until 40 %": Variant(straight_through(targeted(), 0.4)),
-    "target, distilled from the dense network, half": Variant(targeted(), distill=0.5),
-    "magnitude, pruned within 50 %": Variant(magnitude(0.5)),
-    "magnitude, pruned within 50 %, distilled, half": Variant(magnitude(0.5), distill=0.5),
-}
-"""Ideas for the way to 64×, each a change of the first."""
-VARIANTS = {name: Variant(make, 0.05, 0.0) for name, make in CLAIMS.items()} | IDEAS
-"""All that can be run."""
-
-
 def file_name(variant: str, seed: int) -> str:
     """The file of a run."""
     return "".join(c if c.isalnum() else "_" for c in variant) + f"_{seed}.json"
+
+
+def prepare(harness: Harness, variant: Variant, seed: int) -> tuple[Run, Pruner]:
+    """A variant's training and pruner, for the network of a seed."""
+    train = TrainConfig(
+        epochs=10,
+        batch_size=128,
+        learning_rate=variant.learning_rate,
+        weight_decay=variant.weight_decay,
+        label_smoothing=variant.label_smoothing,
+    )
+    steps = harness.steps(train)
+    pruner = variant.make(Job(harness.plan, steps, harness.dense_network(seed), harness.dataset.train_images))
+    optimizer = None
+    if variant.decay_until < 1:
+        decay = optax.add_decayed_weights(
+            lambda step: jnp.where(jnp.asarray(step) < variant.decay_until * steps, variant.weight_decay, 0.0),
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        )
+        undecayed = weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs)
+        optimizer = optax.chain(decay, undecayed)
+    return harness.compiled(pruner, train, variant.distill, optimizer), pruner
 
 
 def measure(harness: Harness, run: Run, pruner: Pruner, seed: int) -> dict[str, Any]:
@@ -342,11 +173,8 @@ def main() -> None:
         missing = [seed for seed in config.seeds if not (config.results / file_name(variant, seed)).exists()]
         if not missing:
             continue
-        make, rate, decay, distill = VARIANTS[variant]
-        train = TrainConfig(epochs=10, batch_size=128, learning_rate=rate, weight_decay=decay)
-        pruner = make(harness.plan, harness.steps(train))
-        run = harness.compiled(pruner, train, distill)
         for seed in missing:
+            run, pruner = prepare(harness, VARIANTS[variant], seed)
             figures = {"variant": variant, "seed": seed} | measure(harness, run, pruner, seed)
             write_cell(config.results / file_name(variant, seed), figures)
             print(f"{variant}, seed {seed}: {figures['compression']:.2f}× at {figures['top1']:.2f} %", flush=True)

@@ -130,6 +130,7 @@ class Trial:
       learning_rate: the highest of the weights.
       prune: share of the run in which the density descends; of no meaning to methods that do it at once.
       select: share of the run after which LTP fixes its masks.
+      leak: share of its gradient that a weight pruned by LTP gets until then.
       initial: STR's first ``s``.
       weight_decay: that of the network if it is zero; STR's is of ``s`` too, and decides how much it prunes.
     """
@@ -137,6 +138,7 @@ class Trial:
     learning_rate: float
     prune: float = 0.0
     select: float = 0.0
+    leak: float = 0.0
     initial: float = 0.0
     weight_decay: float = 0.0
 
@@ -161,7 +163,7 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
             ]
         case "ltp":
             return [
-                Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), weight_decay=decay)
+                Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), leak=0.1, weight_decay=decay)
                 for decay in decays
                 for share in (0.4, 0.6, 0.8)
             ]
@@ -191,8 +193,9 @@ def make_pruner(
             )
             return baselines.soft_threshold_reparameterization(plan, optimizer, initial=trial.initial)
         case "ltp":
+            select_steps = round(trial.select * steps)
             return target_density(
-                plan, 1 / compression, prune_steps=prune_steps, select_steps=round(trial.select * steps)
+                plan, 1 / compression, prune_steps=prune_steps, select_steps=select_steps, leak=trial.leak
             )
     raise ValueError(method)
 

@@ -96,16 +96,23 @@ class Harness:
         save_network(path, state.params, state.batch_stats)
         return {"params": state.params, "batch_stats": state.batch_stats}
 
-    def compiled(self, pruner: Pruner, config: TrainConfig, distill: float = 0.0) -> Run:
+    def compiled(
+        self,
+        pruner: Pruner,
+        config: TrainConfig,
+        distill: float = 0.0,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> Run:
         """Training with a method, compiled once for any number of networks and seeds.
 
         Args:
           pruner: the method.
           config: the training.
           distill: share of the labels that is what the network at the start of the run says of the image.
+          optimizer: of the weights; that of the configuration if nothing is said.
         """
         steps = self.dataset.train_size // config.batch_size
-        optimizer = weights_optimizer(config, steps)
+        optimizer = weights_optimizer(config, steps) if optimizer is None else optimizer
         label_loss = cross_entropy(config.label_smoothing)
 
         def loss(logits: jax.Array, batch: Batch) -> jax.Array:

@@ -79,6 +79,7 @@ def target_density(
     prune_steps: int,
     select_steps: int,
     t0: float = 1e-2,
+    leak: float = 0.1,
     optimizer: optax.GradientTransformation | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> Pruner:
@@ -98,6 +99,8 @@ def target_density(
       select_steps: training steps after which the masks are fixed, no fewer than ``prune_steps``.
       t0: temperature in units of ``Var(|w|)``, eq. 15. Wider than without a target: more weights tell the offsets
         where to go, and fixing the masks closes the hardening gap.
+      leak: share of its gradient that a pruned weight gets until the masks are fixed, so that one for which the loss
+        has a use grows and comes back; 0 is eq. 14.
       optimizer: of the offsets ``a_l``, dimensionless; Adam at 3e-4 if nothing is said.
       costs: what a weight of each tensor costs, by path, such as its uses per image for a budget of
         multiply-accumulates. By default every weight costs one.
@@ -130,7 +133,8 @@ def target_density(
 
     def soften(params, thresholds, state, step):
         del step
-        return transform.soft_prune(params, state.prune.replace(thresholds=thresholds)), jnp.zeros((), jnp.float32)
+        pruned = transform.soft_prune(params, state.prune.replace(thresholds=thresholds), leak=leak)
+        return pruned, jnp.zeros((), jnp.float32)
 
     def update(grads, old_params, params, state, step):
         fixed = step >= select_steps

@@ -54,17 +54,17 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
     return PruneState({path: jnp.zeros((), jnp.float32) for path in plan.paths}, temperatures)
 
 
-def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False) -> Params:
+def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False, leak: float = 0.0) -> Params:
     """``v = w · sigmoid((w² − τ)/T)`` for every selected tensor: the network that is trained.
 
     Differentiable in ``params`` and ``state.thresholds``; the gradient with respect to ``params`` is that of eq. 14
-    unless ``exact_gradient``. Returns the structure, shapes and dtypes of ``params``; what is not selected is returned
-    as it is.
+    unless ``exact_gradient``, and pruned weights get a share ``leak`` of theirs (``method.soft_threshold`` says what
+    for). Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is.
 
     Raises:
       ValueError: if a tensor of the state is not in ``params``.
     """
-    return soft_prune_and_count(params, state, exact_gradient=exact_gradient)[0]
+    return soft_prune_and_count(params, state, exact_gradient=exact_gradient, leak=leak)[0]
 
 
 def l0(
@@ -84,7 +84,12 @@ def l0(
 
 
 def soft_prune_and_count(
-    params: Params, state: PruneState, *, exact_gradient: bool = False, l0_to_weights: bool = False
+    params: Params,
+    state: PruneState,
+    *,
+    exact_gradient: bool = False,
+    l0_to_weights: bool = False,
+    leak: float = 0.0,
 ) -> tuple[Params, Scalars]:
     """``soft_prune`` and the soft count of every selected tensor by path, which share their work.
 
@@ -95,7 +100,7 @@ def soft_prune_and_count(
 
     def prune(path: str, w: jax.Array) -> jax.Array:
         tau, temperature = method.valid_threshold(state.thresholds[path]), state.temperatures[path]
-        pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights)
+        pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights, leak)
         return pruned
 
     return _map_selected(prune, params, state), counts

@@ -50,6 +50,14 @@ def test_l0_to_weights_by_hand():
     np.testing.assert_allclose(d_w, g * S + 0.1 * 2 * W * SLOPE, rtol=1e-5)
 
 
+def test_leak_by_hand():
+    # A weight of which s is left gets g·(s + leak · (1 − s)); what the threshold gets stays as it is.
+    g, lam = np.array([1.0, 2.0, -3.0], np.float32), np.float32(0.1)
+    d_w, d_tau = pullback(g, lam, leak=0.2)
+    np.testing.assert_allclose(d_w, [0.34594042, 1.2, -2.99406571], rtol=1e-6)
+    np.testing.assert_allclose(d_tau, 0.80012906, rtol=1e-5)
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.3])
 def test_exact_gradient_is_that_of_finite_differences(lam):
     rng = np.random.default_rng(0)
@@ -138,5 +146,5 @@ def pullback(g, lam, w=W, tau=TAU, t=T, **options):
     return jax.grad(loss, (0, 1))(jnp.asarray(w), jnp.float32(tau))
 
 
-def _flags(exact_gradient=False, l0_to_weights=False):
-    return exact_gradient, l0_to_weights
+def _flags(exact_gradient=False, l0_to_weights=False, leak=0.0):
+    return exact_gradient, l0_to_weights, leak

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ltp_jax as ltp
-from experiments import ablation, compare, compare_report
+from experiments import ablation, ablation_variants, compare, compare_report
 from experiments import run as runs
 from experiments.config import ConfigError, LtpConfig, TrainConfig, parse
 from experiments.data import digits
@@ -19,6 +19,7 @@ from experiments.harness import Harness, hold_out
 from experiments.run import weights_optimizer
 from ltp_jax import models
 from ltp_jax.pruner import dense
+from ltp_jax.target import target_density
 from ltp_jax.trail import Trail
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
@@ -332,16 +333,16 @@ def test_variants_have_files_of_their_own():
     assert len(set(names)) == len(names)
 
 
-def test_straight_through_gives_pruned_weights_the_gradient_of_dense_ones():
-    params = {"kernel": jnp.array([[0.1, -2.0]])}
-    plan = ltp.plan(params)
-    pruner = ablation.straight_through(ablation.magnitude(0.2), until=0.5)(plan, 500)
-    state = pruner.init(params).replace(masks={"kernel": jnp.array([[False, True]])})
-
-    def loss(params, step):
-        return jnp.sum(pruner.soften(params, {}, state, step)[0]["kernel"] * jnp.array([[3.0, 5.0]]))
-
-    for step, gradient in ((0, [[3.0, 5.0]]), (400, [[0.0, 5.0]])):
-        value, grads = jax.value_and_grad(loss)(params, step)
-        assert float(value) == -10
-        np.testing.assert_array_equal(grads["kernel"], gradient)
+def test_units_decide_what_is_pruned_and_leave_the_weights_as_they_are():
+    # In units of 1 and 1/4 the weights 1, 2 and −3 are 1, 2 and −0.75: half a budget of four keeps 1 and 2.
+    params = {"kernel": jnp.array([[1.0], [2.0], [-3.0], [0.5]])}
+    units = {"kernel": jnp.array([[1.0], [1.0], [0.25], [1.0]])}
+    job = ablation_variants.Job(ltp.plan(params), 10, {}, np.zeros(()))
+    make = ablation_variants.in_units(
+        lambda job: target_density(job.plan, 0.5, prune_steps=1, select_steps=1), lambda job: units
+    )
+    pruner = make(job)
+    state = pruner.init(params)
+    same, state = pruner.update({"kernel": jnp.float32(0)}, params, params, state, 0)
+    np.testing.assert_array_equal(same["kernel"], params["kernel"])
+    np.testing.assert_array_equal(pruner.harden(params, state)["kernel"], [[1.0], [2.0], [0.0], [0.0]])

@@ -171,6 +171,29 @@ def test_nothing_comes_back_once_masks_are_fixed():
     np.testing.assert_array_equal(target.project(new, old, tau, jnp.array(False))["kernel"], new["kernel"])
 
 
+@pytest.mark.parametrize("leak", [0.0, 0.3])
+def test_a_pruned_weight_gets_a_share_of_its_gradient_and_comes_back_by_it(leak):
+    params = {"a": {"kernel": jnp.array([[0.1, -0.2, 1.0, 2.0, -3.0, 4.0]])}}
+    pruner = target.target_density(
+        ltp.plan(params), 0.5, prune_steps=1, select_steps=9, t0=1e-3, leak=leak, optimizer=optax.sgd(0.0)
+    )
+    state, masks = pruner.init(params), []
+
+    def loss(params, thresholds, state, step):
+        # Once half of them are pruned, it wants the smallest weight to be the largest one.
+        return -(step > 1) * pruner.soften(params, thresholds, state, step)[0]["a"]["kernel"][0, 0]
+
+    for step in range(12):
+        grads, threshold_grads = jax.grad(loss, (0, 1))(params, state.thresholds, state, step)
+        if step == 2:
+            np.testing.assert_allclose(grads["a"]["kernel"], [[-leak, 0, 0, 0, 0, 0]], atol=1e-6)
+        moved = jax.tree.map(lambda w, g: w - 3 * g, params, grads)
+        params, state = pruner.update(threshold_grads, params, moved, state, step)
+        masks.append(np.asarray(pruner.harden(params, state)["a"]["kernel"][0] != 0))
+    # Half are left, and the smallest of these gives way.
+    assert masks[-1].tolist() == ([True, False, False, False, True, True] if leak else [False] * 3 + [True] * 3)
+
+
 @pytest.mark.parametrize("compression", [2, 16, 128])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_target_is_met_and_kept(compression, seed):
