@@ -72,7 +72,7 @@ def targeted(
     prune: float = 0.4,
     select: float = 0.75,
     t0: float = 1e-2,
-    leak: float = 0.1,
+    leak: float = 0.0,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Make:
     """LTP to a target: the shares of the run that it prunes and selects in, and the offsets' optimizer."""
@@ -264,9 +264,9 @@ IDEAS: dict[str, Variant] = {
     "target, T0 5e-2": Variant(targeted(t0=5e-2)),
     "target, T0 falls from 5e-2 to 1e-3": Variant(annealed(targeted(t0=5e-2), 0.02, 0.75)),
     "target, T0 1e-1": Variant(targeted(t0=1e-1)),
-    "target, no leak: eq. 14": Variant(targeted(leak=0.0)),
     "target, leak 0.01": Variant(targeted(leak=0.01)),
     "target, leak 0.03": Variant(targeted(leak=0.03)),
+    "target, leak 0.1": Variant(targeted(leak=0.1)),
     "target, leak 0.3": Variant(targeted(leak=0.3)),
     "target, leak 1: dense gradients": Variant(targeted(leak=1.0)),
     "target, in units of the pixels' spread": Variant(in_units(targeted(), pixel_spreads(1.0))),

@@ -78,13 +78,14 @@ class CompareConfig:
     """What to do."""
     arch: Literal["lenet_300_100", "lenet5", "resnet20"] = "lenet_300_100"
     """The network; the first two learn Fashion-MNIST, the last CIFAR-10."""
-    methods: tuple[Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp"], ...] = (
+    methods: tuple[Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak"], ...] = (
         "dense",
         "one_shot",
         "gmp_uniform",
         "gmp_global",
         "str",
         "ltp",
+        "ltp_leak",
     )
     """Which methods."""
     compressions: tuple[float, ...] = ()
@@ -161,9 +162,10 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
                 for f in (0.2, 0.5, 1)
                 for product in (1.2e-4, 2e-4, 3e-4)
             ]
-        case "ltp":
+        case "ltp" | "ltp_leak":
+            leak = 0.1 if method == "ltp_leak" else 0.0
             return [
-                Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), leak=0.1, weight_decay=decay)
+                Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), leak=leak, weight_decay=decay)
                 for decay in decays
                 for share in (0.4, 0.6, 0.8)
             ]
@@ -192,7 +194,7 @@ def make_pruner(
                 weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs),
             )
             return baselines.soft_threshold_reparameterization(plan, optimizer, initial=trial.initial)
-        case "ltp":
+        case "ltp" | "ltp_leak":
             select_steps = round(trial.select * steps)
             return target_density(
                 plan, 1 / compression, prune_steps=prune_steps, select_steps=select_steps, leak=trial.leak

@@ -1,5 +1,6 @@
 """The table and the pictures of a comparison, made from its cells on disk."""
 
+import itertools
 import json
 import math
 import statistics
@@ -15,12 +16,13 @@ from ltp_jax.target import planned_density
 
 LABELS = {
     "ltp": "LTP",
+    "ltp_leak": "LTP with a leak",
     "gmp_global": "gradual magnitude, global",
     "gmp_uniform": "gradual magnitude, uniform",
     "one_shot": "one-shot magnitude, global",
     "str": "STR",
 }
-COLOURS = dict(zip(LABELS, ("tab:red", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
+COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
 SIDE_BY_SIDE = ("ltp", "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""
 
@@ -112,17 +114,17 @@ def markdown(cells: Sequence[Cell]) -> str:
             row.append(text)
         if any(text != "–" for text in row):
             lines.append(f"| {label} | " + " | ".join(row) + " |")
-    for rival in ("gmp_global", "str"):
+    for own, rival in itertools.product(("ltp", "ltp_leak"), ("gmp_global", "str")):
         row = []
         for compression in wanted:
             ours, theirs = (
                 {cell["seed"]: cell["top1"] for cell in select(cells, method=method, compression=compression)}
-                for method in ("ltp", rival)
+                for method in (own, rival)
             )
             differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             row.append(counted_spread(differences) if differences else "–")
         if any(text != "–" for text in row):
-            lines.append(f"| {LABELS['ltp']} less {LABELS[rival]}, seed by seed | " + " | ".join(row) + " |")
+            lines.append(f"| {LABELS[own]} less {LABELS[rival]}, seed by seed | " + " | ".join(row) + " |")
     first = {cell["seed"]: cell["dense_top1"] for cell in cells}
     lines += ["", f"Dense network that all start from: {counted_spread(list(first.values()))}."]
     if more := select(cells, method="dense"):

@@ -79,7 +79,7 @@ def target_density(
     prune_steps: int,
     select_steps: int,
     t0: float = 1e-2,
-    leak: float = 0.1,
+    leak: float = 0.0,
     optimizer: optax.GradientTransformation | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> Pruner:
