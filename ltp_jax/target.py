@@ -106,7 +106,8 @@ def target_density(
         multiply-accumulates. By default every weight costs one.
 
     Raises:
-      ValueError: if the density or the steps are out of range, or the target is below one weight for each tensor.
+      ValueError: if the density, the leak or the steps are out of range, or the target is below one weight for each
+        tensor.
     """
     sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
     unit = {path: 1.0 if costs is None else float(costs[path]) for path in sizes}
@@ -114,6 +115,8 @@ def target_density(
     shares = {path: cost / total for path, cost in unit.items()}
     if not 0 < density < 1:
         raise ValueError(f"the density is {density}; accepted is more than 0, less than 1")
+    if not 0 <= leak <= 1:
+        raise ValueError(f"the leak is {leak}; accepted is 0 to 1")
     if not 1 <= prune_steps <= select_steps:
         raise ValueError(f"prune_steps is {prune_steps}, select_steps {select_steps}; accepted is 1 to select_steps")
     if density < sum(shares.values()):

@@ -71,6 +71,8 @@ def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(tmp_path,
     ("words", "message"),
     [
         (["--ltp.target-compression=16", "--ltp.target-density=0.1"], "exclude each other"),
+        (["--ltp.target-compression=16", "--ltp.leak=2"], "--ltp.leak is 2.0; accepted is 0 to 1"),
+        (["--ltp.penalty=16", "--ltp.leak=0.1"], "--ltp.leak goes with a target"),
         (["--ltp.target-compression=1"], "target-compression is 1.0; accepted is more than 1"),
         (
             ["--ltp.target-density=1.5"],
@@ -248,8 +250,8 @@ def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, ha
 
 def test_every_method_has_the_same_number_of_trials():
     for setup in compare.NETWORKS.values():
-        methods = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp")
-        assert [len(set(compare.trials(method, setup.train))) for method in methods] == [9] * 6
+        methods = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak")
+        assert [len(set(compare.trials(method, setup.train))) for method in methods] == [9] * 7
 
 
 def cell(method, compression, seed, top1, achieved):

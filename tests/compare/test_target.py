@@ -64,9 +64,9 @@ def run(pruner, seed=0):
 
 
 @functools.cache
-def pruner_to(compression):
+def pruner_to(compression, leak=0.0):
     plan = ltp.plan(initial_params())
-    return target.target_density(plan, 1 / compression, prune_steps=PRUNE, select_steps=SELECT)
+    return target.target_density(plan, 1 / compression, prune_steps=PRUNE, select_steps=SELECT, leak=leak)
 
 
 def kept(state):
@@ -194,11 +194,11 @@ def test_a_pruned_weight_gets_a_share_of_its_gradient_and_comes_back_by_it(leak)
     assert masks[-1].tolist() == ([True, False, False, False, True, True] if leak else [False] * 3 + [True] * 3)
 
 
-@pytest.mark.parametrize("compression", [2, 16, 128])
+@pytest.mark.parametrize(("compression", "leak"), [(2, 0.0), (16, 0.0), (16, 0.3), (128, 0.0)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_target_is_met_and_kept(compression, seed):
+def test_the_target_is_met_and_kept(compression, leak, seed):
     plan = ltp.plan(initial_params())
-    states = run(pruner_to(compression), seed)
+    states = run(pruner_to(compression, leak), seed)
     counts = [kept(state) for state in states]
     assert counts[0] == plan.prunable
     assert set(counts[SELECT:]) == {int(plan.prunable / compression)}
@@ -326,6 +326,11 @@ def test_refusals(density, prune_steps, select_steps, message):
     plan = ltp.plan(initial_params())
     with pytest.raises(ValueError, match=message):
         target.target_density(plan, density, prune_steps=prune_steps, select_steps=select_steps)
+
+
+def test_a_leak_of_more_than_the_whole_gradient_is_refused():
+    with pytest.raises(ValueError, match=r"the leak is 1.5; accepted is 0 to 1"):
+        pruner_to(2, leak=1.5)
 
 
 def test_one_trace_serves_the_whole_run():
