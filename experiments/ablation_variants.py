@@ -267,6 +267,7 @@ IDEAS: dict[str, Variant] = {
     "target, leak 0.01": Variant(targeted(leak=0.01)),
     "target, leak 0.03": Variant(targeted(leak=0.03)),
     "target, leak 0.1": Variant(targeted(leak=0.1)),
+    "target, leak 0.1, pruned within 80 %, selects until 90 %": Variant(targeted(leak=0.1, prune=0.8, select=0.9)),
     "target, leak 0.3": Variant(targeted(leak=0.3)),
     "target, leak 1: dense gradients": Variant(targeted(leak=1.0)),
     "target, in units of the pixels' spread": Variant(in_units(targeted(), pixel_spreads(1.0))),

@@ -87,9 +87,9 @@ class LtpConfig:
     """With a target: share of the run in which the density descends to it."""
     select: float = 0.75
     """With a target: share of the run after which the masks are fixed."""
-    leak: float = 0.0
-    """With a target: share of its gradient that a pruned weight gets until the masks are fixed, to come back by it. 0.1
-    gained 0.2 point at 64× and 0.5 at 128× on LeNet-300-100, and nothing at less; 0 is eq. 14 of the paper."""
+    leak: float | None = None
+    """With a target: share of its gradient that a pruned weight gets until the masks are fixed, to come back by it; 0.1
+    if nothing is said. 0 is the paper's eq. 14."""
     exact_gradient: bool = False
     """Differentiate the mask with respect to the weights, too, instead of eq. 14."""
     l0_to_weights: bool = False
@@ -115,8 +115,8 @@ class LtpConfig:
             raise ConfigError("--ltp.exact-gradient and --ltp.l0-to-weights go with a penalty, not with a target")
         _require(0 < self.prune <= self.select, "--ltp.prune", self.prune, "more than 0, at most --ltp.select")
         _require(self.select <= 1, "--ltp.select", self.select, "at most 1")
-        _require(0 <= self.leak <= 1, "--ltp.leak", self.leak, "0 to 1")
-        if self.leak and not targets:
+        _require(self.leak is None or 0 <= self.leak <= 1, "--ltp.leak", self.leak, "0 to 1")
+        if self.leak is not None and not targets:
             raise ConfigError("--ltp.leak goes with a target, not with a penalty")
 
 

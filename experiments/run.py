@@ -181,7 +181,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
                 prune_steps=prune_steps,
                 select_steps=max(round(config.select * steps), prune_steps),
                 t0=1e-2 if config.t0 is None else config.t0,
-                leak=config.leak,
+                leak=0.1 if config.leak is None else config.leak,
                 costs=None if macs is None else uses(),
             )
         except ValueError as error:
