@@ -78,14 +78,14 @@ class CompareConfig:
     """What to do."""
     arch: Literal["lenet_300_100", "lenet5", "resnet20"] = "lenet_300_100"
     """The network; the first two learn Fashion-MNIST, the last CIFAR-10."""
-    methods: tuple[Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak"], ...] = (
+    methods: tuple[Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp_no_leak", "ltp"], ...] = (
         "dense",
         "one_shot",
         "gmp_uniform",
         "gmp_global",
         "str",
+        "ltp_no_leak",
         "ltp",
-        "ltp_leak",
     )
     """Which methods."""
     compressions: tuple[float, ...] = ()
@@ -162,8 +162,8 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
                 for f in (0.2, 0.5, 1)
                 for product in (1.2e-4, 2e-4, 3e-4)
             ]
-        case "ltp" | "ltp_leak":
-            leak = 0.1 if method == "ltp_leak" else 0.0
+        case "ltp" | "ltp_no_leak":
+            leak = 0.1 if method == "ltp" else 0.0  # the default, and eq. 14
             return [
                 Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), leak=leak, weight_decay=decay)
                 for decay in decays
@@ -194,7 +194,7 @@ def make_pruner(
                 weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs),
             )
             return baselines.soft_threshold_reparameterization(plan, optimizer, initial=trial.initial)
-        case "ltp" | "ltp_leak":
+        case "ltp" | "ltp_no_leak":
             select_steps = round(trial.select * steps)
             return target_density(
                 plan, 1 / compression, prune_steps=prune_steps, select_steps=select_steps, leak=trial.leak

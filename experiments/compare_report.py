@@ -16,14 +16,14 @@ from ltp_jax.target import planned_density
 
 LABELS = {
     "ltp": "LTP",
-    "ltp_leak": "LTP with a leak",
+    "ltp_no_leak": "LTP, no leak",
     "gmp_global": "gradual magnitude, global",
     "gmp_uniform": "gradual magnitude, uniform",
     "one_shot": "one-shot magnitude, global",
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
-SIDE_BY_SIDE = ("ltp", "gmp_global", "str")
+SIDE_BY_SIDE = ("ltp", "ltp_no_leak", "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""
 
 Cell = dict[str, Any]
@@ -64,7 +64,7 @@ def write(folder: Path, docs: Path) -> list[Path]:
     pictures = {
         docs / f"compare_{folder.name}.png": (draw_accuracy, pruned),
         docs / f"density_{folder.name}.png": (draw_densities, [c for c in pruned if c["method"] in SIDE_BY_SIDE]),
-        docs / f"plan_{folder.name}.png": (draw_plan, select(pruned, method="ltp")),
+        docs / f"plan_{folder.name}.png": (draw_plan, [c for c in pruned if c["method"] in ("ltp", "ltp_no_leak")]),
     }
     drawn = {path: (draw, shown) for path, (draw, shown) in pictures.items() if shown}
     for path, (draw, shown) in drawn.items():
@@ -114,7 +114,7 @@ def markdown(cells: Sequence[Cell]) -> str:
             row.append(text)
         if any(text != "–" for text in row):
             lines.append(f"| {label} | " + " | ".join(row) + " |")
-    for own, rival in itertools.product(("ltp", "ltp_leak"), ("gmp_global", "str")):
+    for own, rival in itertools.product(("ltp", "ltp_no_leak"), ("gmp_global", "str")):
         row = []
         for compression in wanted:
             ours, theirs = (
@@ -190,21 +190,23 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
 def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     """Density per layer of LTP, global magnitude and STR side by side, a panel for each compression."""
     wanted = compressions(cells)
+    shown = [method for method in SIDE_BY_SIDE if select(cells, method=method)]
+    width = 0.81 / len(shown)
     deep = max(len(cell["densities"]) for cell in cells) > 8
     rows, columns = (len(wanted), 1) if deep else (1, len(wanted))
     figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (3.2 * columns, 4), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, compression in zip(panels, wanted, strict=True):
         titles = []
-        for i, method in enumerate(SIDE_BY_SIDE):
+        for i, method in enumerate(shown):
             found = select(cells, method=method, compression=compression)
             if not found:
                 continue
             layers = list(found[0]["densities"])
             means = [100 * statistics.fmean([cell["densities"][layer] for cell in found]) for layer in layers]
-            places = [position + 0.27 * (i - 1) for position in range(len(layers))]
+            places = [position + width * (i - (len(shown) - 1) / 2) for position in range(len(layers))]
             achieved = statistics.geometric_mean([cell["achieved"] for cell in found])
-            axes.bar(places, means, 0.25, color=COLOURS[method], label=LABELS[method])
+            axes.bar(places, means, 0.92 * width, color=COLOURS[method], label=LABELS[method])
             titles.append(f"{achieved:.1f}×")
         axes.set_yscale("log")
         axes.set_xticks(
@@ -214,7 +216,7 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     figure.supylabel("kept weights of the layer, %", fontsize=10)
     bars = {label: bar for axes in panels for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(SIDE_BY_SIDE))
+    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(shown))
     figure.suptitle(f"{cells[0]['network']} on {cells[0]['dataset']}: where the weights are left, mean over seeds")
     _save(figure, path)
 

@@ -250,7 +250,7 @@ def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, ha
 
 def test_every_method_has_the_same_number_of_trials():
     for setup in compare.NETWORKS.values():
-        methods = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak")
+        methods = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_no_leak")
         assert [len(set(compare.trials(method, setup.train))) for method in methods] == [9] * 7
 
 
