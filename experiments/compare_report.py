@@ -16,7 +16,7 @@ from ltp_jax.target import planned_density
 
 LABELS = {
     "ltp": "LTP",
-    "ltp_no_leak": "LTP, no leak",
+    "ltp_no_leak": "LTP without a leak",
     "gmp_global": "gradual magnitude, global",
     "gmp_uniform": "gradual magnitude, uniform",
     "one_shot": "one-shot magnitude, global",
@@ -176,7 +176,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_xticks(wanted, [f"{c:g}×" for c in wanted])
     axes.minorticks_off()
     # The best methods fill the picture; others may leave it where they fail.
-    best = [cell for cell in cells if cell["method"] in ("ltp", "gmp_global")] or cells
+    best = [cell for cell in cells if cell["method"] in ("ltp", "ltp_no_leak", "gmp_global")] or cells
     lowest = min(cell["top1"] for cell in best)
     axes.set_ylim(math.floor(lowest) - 1.5, dense + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
