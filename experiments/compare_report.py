@@ -89,6 +89,11 @@ def counted_spread(values: Sequence[float]) -> str:
     return f"{spread(values)} ({len(values)})"
 
 
+def near(cell: Cell) -> bool:
+    """Whether a run came within a factor of 1.5 of its compression; farther off it is no match for another method."""
+    return abs(math.log(cell["achieved"] / cell["compression"])) < math.log(1.5)
+
+
 def compressions(cells: Iterable[Cell]) -> list[float]:
     return sorted({cell["compression"] for cell in cells if cell["compression"] is not None})
 
@@ -118,7 +123,11 @@ def markdown(cells: Sequence[Cell]) -> str:
         row = []
         for compression in wanted:
             ours, theirs = (
-                {cell["seed"]: cell["top1"] for cell in select(cells, method=method, compression=compression)}
+                {
+                    cell["seed"]: cell["top1"]
+                    for cell in select(cells, method=method, compression=compression)
+                    if near(cell)
+                }
                 for method in (own, rival)
             )
             differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]

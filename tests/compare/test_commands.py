@@ -286,7 +286,14 @@ def test_table():
     assert "| LTP | 90.50 ± 0.71 (2) | 87.50 (1) |" in lines
     assert "| LTP less gradual magnitude, global, seed by seed | – | 0.50 (1) |" in lines
     assert "| STR | 88.00 (1) at 9.0–9.0× | – |" in lines
+    assert "| LTP less STR, seed by seed | 2.00 (1) | – |" in lines
     assert "Dense network that all start from: 91.50 ± 0.71 (2)." in lines
+
+
+def test_a_run_that_missed_its_compression_by_half_is_no_rival():
+    lines = compare_report.markdown([*CELLS[:2], cell("str", 8, 0, 95.0, 4.0)]).splitlines()
+    assert "| STR | 95.00 (1) at 4.0–4.0× |" in lines
+    assert not any("less STR" in line for line in lines)
 
 
 def test_table_of_tuning():
