@@ -187,7 +187,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     # The best methods fill the picture; others may leave it where they fail.
     best = [cell for cell in cells if cell["method"] in ("ltp", "ltp_no_leak", "gmp_global")] or cells
     lowest = min(cell["top1"] for cell in best)
-    axes.set_ylim(math.floor(lowest) - 1.5, dense + 0.4)
+    axes.set_ylim(math.floor(lowest) - 1.5, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
     axes.set_ylabel("top-1 on held-out images, %")
     axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: mean and standard deviation over seeds")
