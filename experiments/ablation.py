@@ -24,8 +24,8 @@ from experiments.compare import HELD_OUT, NETWORKS
 from experiments.compare_report import read_cells, spread, write_cell
 from experiments.config import ConfigError, TrainConfig
 from experiments.console import run_command
-from experiments.harness import Harness, Run, hold_out
-from experiments.run import weights_optimizer
+from experiments.harness import Harness, Network, Run, hold_out
+from experiments.run import kernel_decay, weights_optimizer
 from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"
@@ -56,8 +56,8 @@ def file_name(variant: str, seed: int) -> str:
     return "".join(c if c.isalnum() else "_" for c in variant) + f"_{seed}.json"
 
 
-def prepare(harness: Harness, variant: Variant, seed: int) -> tuple[Run, Pruner]:
-    """A variant's training and pruner, for the network of a seed."""
+def prepare(harness: Harness, variant: Variant, network: Network) -> tuple[Run, Pruner]:
+    """A variant's training and pruner, for a dense network."""
     train = TrainConfig(
         epochs=10,
         batch_size=128,
@@ -66,21 +66,19 @@ def prepare(harness: Harness, variant: Variant, seed: int) -> tuple[Run, Pruner]
         label_smoothing=variant.label_smoothing,
     )
     steps = harness.steps(train)
-    pruner = variant.make(Job(harness.plan, steps, harness.dense_network(seed), harness.dataset.train_images))
+    pruner = variant.make(Job(harness.plan, steps, network, harness.dataset.train_images))
     optimizer = None
     if variant.decay_until < 1:
-        decay = optax.add_decayed_weights(
-            lambda step: jnp.where(jnp.asarray(step) < variant.decay_until * steps, variant.weight_decay, 0.0),
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        decay = kernel_decay(
+            lambda step: jnp.where(jnp.asarray(step) < variant.decay_until * steps, variant.weight_decay, 0.0)
         )
         undecayed = weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs)
         optimizer = optax.chain(decay, undecayed)
     return harness.compiled(pruner, train, variant.distill, optimizer), pruner
 
 
-def measure(harness: Harness, run: Run, pruner: Pruner, seed: int) -> dict[str, Any]:
+def measure(harness: Harness, run: Run, pruner: Pruner, network: Network, seed: int) -> dict[str, Any]:
     """One run: the last hard network, the soft one that was trained, and the hardening gap after every epoch."""
-    network = harness.dense_network(seed)
     harden = jax.jit(pruner.harden)
     soften = jax.jit(lambda state: pruner.soften(state.params, state.pruning.thresholds, state.pruning, state.step)[0])
     sizes = {tensor.path: tensor.size for tensor in harness.plan.tensors if tensor.prune}
@@ -171,11 +169,10 @@ def main() -> None:
     harness = Harness(hold_out(setup.load(config.data_dir), HELD_OUT), ARCH, config.workdir, setup.pretrain)
     for variant in config.variants or VARIANTS:
         missing = [seed for seed in config.seeds if not (config.results / file_name(variant, seed)).exists()]
-        if not missing:
-            continue
         for seed in missing:
-            run, pruner = prepare(harness, VARIANTS[variant], seed)
-            figures = {"variant": variant, "seed": seed} | measure(harness, run, pruner, seed)
+            network = harness.dense_network(seed)
+            run, pruner = prepare(harness, VARIANTS[variant], network)
+            figures = {"variant": variant, "seed": seed} | measure(harness, run, pruner, network, seed)
             write_cell(config.results / file_name(variant, seed), figures)
             print(f"{variant}, seed {seed}: {figures['compression']:.2f}× at {figures['top1']:.2f} %", flush=True)
 

@@ -23,7 +23,9 @@ LABELS = {
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
-SIDE_BY_SIDE = ("ltp", "ltp_no_leak", "gmp_global", "str")
+OWN = ("ltp", "ltp_no_leak")
+"""Those that are ours."""
+SIDE_BY_SIDE = (*OWN, "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""
 
 Cell = dict[str, Any]
@@ -64,7 +66,7 @@ def write(folder: Path, docs: Path) -> list[Path]:
     pictures = {
         docs / f"compare_{folder.name}.png": (draw_accuracy, pruned),
         docs / f"density_{folder.name}.png": (draw_densities, [c for c in pruned if c["method"] in SIDE_BY_SIDE]),
-        docs / f"plan_{folder.name}.png": (draw_plan, [c for c in pruned if c["method"] in ("ltp", "ltp_no_leak")]),
+        docs / f"plan_{folder.name}.png": (draw_plan, [c for c in pruned if c["method"] in OWN]),
     }
     drawn = {path: (draw, shown) for path, (draw, shown) in pictures.items() if shown}
     for path, (draw, shown) in drawn.items():
@@ -119,7 +121,7 @@ def markdown(cells: Sequence[Cell]) -> str:
             row.append(text)
         if any(text != "–" for text in row):
             lines.append(f"| {label} | " + " | ".join(row) + " |")
-    for own, rival in itertools.product(("ltp", "ltp_no_leak"), ("gmp_global", "str")):
+    for own, rival in itertools.product(OWN, ("gmp_global", "str")):
         row = []
         for compression in wanted:
             ours, theirs = (
@@ -185,7 +187,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_xticks(wanted, [f"{c:g}×" for c in wanted])
     axes.minorticks_off()
     # The best methods fill the picture; others may leave it where they fail.
-    best = [cell for cell in cells if cell["method"] in ("ltp", "ltp_no_leak", "gmp_global")] or cells
+    best = [cell for cell in cells if cell["method"] in (*OWN, "gmp_global")] or cells
     lowest = min(cell["top1"] for cell in best)
     axes.set_ylim(math.floor(lowest) - 1.5, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")

@@ -152,10 +152,12 @@ def weights_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradie
     sgd = optax.sgd(schedule, momentum=config.momentum, nesterov=True)
     if not config.weight_decay:
         return sgd
-    decay = optax.add_decayed_weights(
-        config.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-    )
-    return optax.chain(decay, sgd)
+    return optax.chain(kernel_decay(config.weight_decay), sgd)
+
+
+def kernel_decay(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Weight decay on tensors of two and more dimensions."""
+    return optax.add_decayed_weights(weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
 
 
 def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[], dict[str, float]]) -> Pruner:
