@@ -328,11 +328,27 @@ def at(compression: float, points: Sequence[tuple[float, float]]) -> float:
     return first[1] + share * (second[1] - first[1])
 
 
-def decay_for(compression: float, trial: Trial, cells: Sequence[Cell]) -> Trial:
-    """STR's setting with the decay that is to give a compression, by runs of STR at the same rate."""
-    same = [cell for cell in cells if without_decay(cell) == trial]
-    log_decay = at(compression, [(cell["achieved"], math.log(cell["trial"]["weight_decay"])) for cell in same])
-    return dataclasses.replace(trial, weight_decay=float(f"{math.exp(log_decay):.4g}"))
+def decay_for(compression: float, trial: Trial, own: Sequence[Cell], tuned: Sequence[Cell]) -> Trial:
+    """STR's setting with the decay that is to give a compression, by runs at the same rate.
+
+    Args:
+      compression: the one wanted.
+      trial: the setting, of any decay.
+      own: runs of the network in the grid, which decide if two differ; one is the level, and tuning the slope.
+      tuned: those of tuning, which had fewer training images or another network.
+    """
+
+    def log_decay(compression: float, cells: Sequence[Cell]) -> float:
+        return at(compression, [(cell["achieved"], math.log(cell["trial"]["weight_decay"])) for cell in cells])
+
+    if len({cell["achieved"] for cell in own}) > 1:
+        found = log_decay(compression, own)
+    else:
+        same = [cell for cell in tuned if without_decay(cell) == trial]
+        found = log_decay(compression, same)
+        for cell in own[:1]:
+            found += math.log(cell["trial"]["weight_decay"]) - log_decay(cell["achieved"], same)
+    return dataclasses.replace(trial, weight_decay=float(f"{math.exp(found):.4g}"))
 
 
 def grid(config: CompareConfig, harness: Harness) -> None:
@@ -353,27 +369,27 @@ def grid(config: CompareConfig, harness: Harness) -> None:
 def search_decay(
     harness: Harness, path: Path, seed: int, compression: float, trial: Trial, tuned: Sequence[Cell]
 ) -> Trial:
-    """STR's setting with a decay that brings one seed within 5 % of a compression, or the fourth that was tried.
+    """STR's setting with a decay that brings one seed within 5 % of a compression, or the nearest of five.
 
-    More training images than in tuning are more steps, which prune more. Accuracy has no say in it.
+    More training images than in tuning are more steps, which prune more. Accuracy has no say in it. Every try is kept
+    in a folder beside ``path``, for the searches at other compressions too; the one that is chosen becomes ``path``.
     """
+    searched = path.parent / "str_search"
 
-    def is_near(cell: Cell) -> bool:
-        return abs(cell["achieved"] / compression - 1) < 0.05
+    def distance(cell: Cell) -> float:
+        return abs(math.log(cell["achieved"] / compression))
 
-    if path.exists():
-        cell = compare_report.read_cell(path)
-        if is_near(cell) and without_decay(cell) == trial:
-            return Trial(**cell["trial"])
-    aim = compression
-    for _ in range(4):
-        found = decay_for(aim, trial, tuned)
-        fill(harness, [(path, seed)], "str", compression, found)
-        cell = compare_report.read_cell(path)
-        if is_near(cell):
-            break
-        aim *= compression / cell["achieved"]
-    return found
+    while True:
+        files = sorted([*path.parent.glob(f"str_*_{seed}.json"), *searched.glob(f"*_{seed}.json")])
+        same = [cell for cell in map(compare_report.read_cell, files) if without_decay(cell) == trial]
+        tried = {cell["trial"]["weight_decay"]: cell for cell in same}
+        own = sorted(tried.values(), key=distance)
+        found = decay_for(compression, trial, own, tuned)
+        enough = len(compare_report.select(own, compression=compression)) == 5 or found.weight_decay in tried
+        if own and (enough or distance(own[0]) < math.log(1.05)):
+            compare_report.write_cell(path, own[0] | {"compression": compression})
+            return Trial(**own[0]["trial"])
+        fill(harness, [(searched / f"{found.weight_decay:g}_{seed}.json", seed)], "str", compression, found)
 
 
 def main() -> None:

@@ -224,28 +224,56 @@ def test_the_rate_of_str_is_the_best_at_the_compression_of_tuning():
 
 def test_the_decay_of_str_is_interpolated():
     # Compression 4 at 1e-4 and 16 at 4e-4: halfway between them, in logarithms, lies 8 at 2e-4, and beyond 32 at 8e-4.
+    trial = compare.Trial(learning_rate=0.1)
     cells = [str_cell(0.1, 1e-4, 4, 80), str_cell(0.1, 4e-4, 16, 80), str_cell(0.2, 1e-4, 8, 80)]
     for compression, decay in ((8, 2e-4), (32, 8e-4)):
-        found = compare.decay_for(compression, compare.Trial(learning_rate=0.1), cells)
+        found = compare.decay_for(compression, trial, [], cells)
         assert found == compare.Trial(learning_rate=0.1, weight_decay=pytest.approx(decay))
 
+    # One run of the grid moves that line: 8 at 1e-4, so 32 at 4e-4. Two, 8 at 1e-4 and 16 at 1.1e-4, are another line.
+    own = [str_cell(0.1, 1e-4, 8, 80), str_cell(0.1, 1.1e-4, 16, 80)]
+    assert compare.decay_for(32, trial, own[:1], cells).weight_decay == pytest.approx(4e-4)
+    assert compare.decay_for(32, trial, own, cells).weight_decay == pytest.approx(1.21e-4)
 
-def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, harness, monkeypatch):
-    # Twice as many steps prune twice as much as in tuning: the second decay tried is half the first.
-    cells = [str_cell(0.1, 1e-4, 4, 80), str_cell(0.1, 4e-4, 16, 80)]
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Searches with runs that cost nothing: ``search(path, compression, achieved)``, and the decays that were run."""
+    tuned_cells = [str_cell(0.1, 1e-4, 4, 80), str_cell(0.1, 4e-4, 16, 80)]
     decays = []
 
-    def fill(harness, cells, method, compression, trial):
-        decays.append(trial.weight_decay)
-        cell = {"trial": dataclasses.asdict(trial), "achieved": trial.weight_decay * 8e4}
-        cells[0][0].write_text(json.dumps(cell))
+    def search(path, compression, achieved):
+        def fill(harness, cells, method, compression, trial):
+            decays.append(trial.weight_decay)
+            cell = {"trial": dataclasses.asdict(trial), "achieved": achieved(trial.weight_decay), "seed": 0}
+            compare_report.write_cell(cells[0][0], cell | {"compression": compression})
 
-    monkeypatch.setattr(compare, "fill", fill)
-    trial = compare.Trial(learning_rate=0.1)
+        monkeypatch.setattr(compare, "fill", fill)
+        return compare.search_decay(None, path, 0, compression, compare.Trial(learning_rate=0.1), tuned_cells)
+
+    return search, decays
+
+
+def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, searched):
+    # Twice as many steps prune twice as much as in tuning: the second decay tried is half the first.
+    search, decays = searched
     for _ in range(2):  # the second time it is there
-        found = compare.search_decay(harness, tmp_path / "str_8_0.json", 0, 8, trial, cells)
-        assert found.weight_decay == pytest.approx(1e-4)
+        assert search(tmp_path / "str_8_0.json", 8, lambda decay: decay * 8e4).weight_decay == pytest.approx(1e-4)
         assert decays == pytest.approx([2e-4, 1e-4])
+    # Both tries are of use to the next compression: the first had 16×.
+    search(tmp_path / "str_16_0.json", 16, lambda decay: decay * 8e4)
+    assert len(decays) == 2
+    assert compare_report.read_cell(tmp_path / "str_16_0.json")["compression"] == 16
+    assert compare_report.read_cell(tmp_path / "str_16_0.json")["achieved"] == pytest.approx(16)
+
+
+def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
+    # The network stays dense below a decay and collapses above it: no decay gives 8×, and 4 is nearer to it than 100.
+    search, decays = searched
+    found = search(tmp_path / "str_8_0.json", 8, lambda decay: 4 + decay if decay < 1.7e-4 else 100 + decay)
+    assert len(decays) == 5
+    assert compare_report.read_cell(tmp_path / "str_8_0.json")["achieved"] == pytest.approx(4, abs=0.01)
+    assert found.weight_decay < 1.7e-4
 
 
 def test_every_method_has_the_same_number_of_trials():
