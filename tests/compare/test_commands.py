@@ -318,6 +318,13 @@ def test_table():
     assert "Dense network that all start from: 91.50 ± 0.71 (2)." in lines
 
 
+def test_table_tells_of_a_seed_that_began_with_two_networks():
+    other = cell("gmp_global", 16, 0, 87.0, 16.0)
+    lines = compare_report.markdown([*CELLS, other | {"dense_top1": other["dense_top1"] - 0.25}]).splitlines()
+    assert "Not the same for all methods with seed 0: up to 0.25 apart." in lines
+    assert not any("Not the same" in line for line in compare_report.markdown(CELLS).splitlines())
+
+
 def test_a_run_that_missed_its_compression_by_half_is_no_rival():
     lines = compare_report.markdown([*CELLS[:2], cell("str", 8, 0, 95.0, 4.0)]).splitlines()
     assert "| STR | 95.00 (1) at 4.0–4.0× |" in lines
