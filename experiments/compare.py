@@ -346,8 +346,8 @@ def decay_for(compression: float, trial: Trial, own: Sequence[Cell], tuned: Sequ
     else:
         same = [cell for cell in tuned if without_decay(cell) == trial]
         found = log_decay(compression, same)
-        for cell in own[:1]:
-            found += math.log(cell["trial"]["weight_decay"]) - log_decay(cell["achieved"], same)
+        if own:
+            found += math.log(own[0]["trial"]["weight_decay"]) - log_decay(own[0]["achieved"], same)
     return dataclasses.replace(trial, weight_decay=float(f"{math.exp(found):.4g}"))
 
 
