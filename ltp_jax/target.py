@@ -131,8 +131,10 @@ def target_density(
     def init(params: Params) -> TargetState:
         prune = transform.init(params, plan, t0)
         offsets = lamp_offsets(params, density, shares)
-        # The network begins whole, with thresholds of zero; the scale where the plan is after its first step.
-        scale = solve_scale(params, offsets, planned(1), shares)
+        # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
+        # said of the weights that are not zero already: no threshold can leave more than those.
+        present = measure(params, prune.thresholds, shares)[0]
+        scale = solve_scale(params, offsets, present * planned(1), shares)
         return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets))
 
     def soften(params, thresholds, state, step):
@@ -143,9 +145,11 @@ def target_density(
     def update(grads, old_params, params, state, step):
         fixed = step >= select_steps
         params = project(params, old_params, state.thresholds, fixed)
-        density_now, slopes, narrow = measure(params, state.thresholds, shares)
-        # Before the first step the network is whole, and the scale is that of the plan after it already.
-        move = jnp.where(step == 0, 0, newton_step(density_now, slopes, planned(step + 1)))
+        density_now, present, slopes, narrow = measure(params, state.thresholds, shares)
+        # Before the first step the network is whole, and the scale is that of the plan after it already. While the
+        # plan asks for more weights than are not zero, the scale waits for it.
+        wanted = planned(step + 1)
+        move = jnp.where((step == 0) | (wanted >= present), 0, newton_step(density_now, slopes, wanted))
         log_scale = state.log_scale + move
         loss_grads = {path: g * 2 * state.thresholds[path] for path, g in grads.items()}  # ∂L/∂a = 2τ · ∂L/∂τ
         updates, optimizer_state = optimizer.update(
@@ -195,7 +199,9 @@ def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]
     return {path: jnp.log(squares[path][jnp.minimum(places[path], squares[path].size - 1)]) / 2 for path in shares}
 
 
-def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) -> tuple[jax.Array, Scalars, Scalars]:
+def measure(
+    params: Params, thresholds: Scalars, shares: Mapping[str, float]
+) -> tuple[jax.Array, jax.Array, Scalars, Scalars]:
     """What is left under some thresholds, and how it changes with them. Reads each weight once.
 
     Args:
@@ -204,21 +210,22 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
       shares: the cost of one weight of each tensor over that of all weights, by path.
 
     Returns:
-      The density, a float32 scalar in [0, 1]; by path, the share that it loses per unit of ``log √τ_l``, which is not
-      negative; and, by path, whether fewer than one weight is left a tenth above the threshold, so that it must not
-      rise.
+      The density, a float32 scalar in [0, 1]; that of thresholds of zero; by path, the share that it loses per unit
+      of ``log √τ_l``, which is not negative; and, by path, whether fewer than one weight is left a tenth above the
+      threshold, so that it must not rise.
     """
     leaves = dict(named_leaves(params))
-    density = jnp.zeros((), jnp.float32)
+    density = present = jnp.zeros((), jnp.float32)
     slopes, narrow = {}, {}
     for path, share in shares.items():
         width = math.exp(2 * SLOPE_WIDTH)
         tau = thresholds[path]
-        below, kept, above = _counts(leaves[path], (tau / width, tau, tau * width))
+        nonzero, below, kept, above = _counts(leaves[path], (jnp.zeros_like(tau), tau / width, tau, tau * width))
         density += share * kept
+        present += share * nonzero
         slopes[path] = share * (below - above) / (2 * SLOPE_WIDTH)
         narrow[path] = above < 1
-    return density, slopes, narrow
+    return density, present, slopes, narrow
 
 
 def newton_step(density: jax.Array, slopes: Scalars, planned: jax.Array) -> jax.Array:

@@ -153,12 +153,13 @@ def test_newton_step():
 
 def test_measure():
     params = {"kernel": jnp.array([0.5, 0.95, -1.0, 1.05, -2.0])}
-    density, slopes, narrow = target.measure(params, {"kernel": jnp.float32(0.98)}, {"kernel": 0.2})
+    density, present, slopes, narrow = target.measure(params, {"kernel": jnp.float32(0.98)}, {"kernel": 0.2})
     assert float(density) == pytest.approx(3 / 5)  # √0.98 = 0.990
+    assert float(present) == pytest.approx(1)
     # Between 0.896 and 1.094 lie three of them, in 0.2 of log √τ.
     assert float(slopes["kernel"]) == pytest.approx(3 * 0.2 / 0.2)
     assert not narrow["kernel"]
-    assert target.measure(params, {"kernel": jnp.float32(3.9)}, {"kernel": 0.2})[2]["kernel"]
+    assert target.measure(params, {"kernel": jnp.float32(3.9)}, {"kernel": 0.2})[3]["kernel"]
 
 
 def test_nothing_comes_back_once_masks_are_fixed():
@@ -214,6 +215,29 @@ def test_the_density_follows_the_plan():
         ratio = kept(states[step]) / plan.prunable / float(planned(step))
         # At first so fast a descent is ahead of the largest step of the scale.
         assert 0.92 < ratio < 1.08 or (step < PRUNE // 4 and 0.85 < ratio < 1.3), step
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.03, 0.0), (0.6, 0.0), (0.03, 1e-25)])
+def test_a_network_with_zeros_is_pruned_along_the_plan(share, size):
+    rng = np.random.default_rng(0)
+    params = {"one": {"kernel": rng.normal(size=(100, 100))}, "two": {"kernel": rng.normal(size=(100, 30))}}
+    params = jax.tree.map(lambda w: jnp.float32(np.where(rng.random(w.shape) < share, size, w)), params)
+    pruner = target.target_density(ltp.plan(params), 1 / 16, prune_steps=400, select_steps=600)
+    state = pruner.init(params)
+    grads = {path: jnp.zeros(()) for path in state.thresholds}
+
+    @jax.jit
+    def densities(state):
+        def advance(state, step):
+            state = pruner.update(grads, params, params, state, step)[1]
+            return state, ltp.summarize(params, state.prune).density
+
+        return jax.lax.scan(advance, state, jnp.arange(599))[1]
+
+    # No more than what is not zero already can be left. A tenth is the delay with which the scale takes up the plan,
+    # where few weights lie; once it never did, and all of them went at the last step.
+    planned = target.planned_density(1 / 16, 400)(jnp.arange(1, 600))
+    np.testing.assert_allclose(densities(state)[10:], jnp.minimum(planned, 1 - share)[10:], rtol=0.12)
 
 
 def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pruned():
