@@ -49,7 +49,7 @@ def soft_threshold(
     temperature: jax.Array,
     exact_gradient: bool = False,
     l0_to_weights: bool = False,
-    leak: float = 0.0,
+    leak: ArrayLike = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Soft-pruned weights and their soft count, from one pass over the weights.
 
@@ -64,41 +64,42 @@ def soft_threshold(
       l0_to_weights: let the gradient of the soft count reach ``w`` too, not only ``τ``.
       leak: share, from 0 to 1, of its gradient that a pruned weight still gets: ``∂v/∂w ≈ s + leak · (1 − s)``. By
         eq. 14 it gets none, keeps the size that it had, and returns only if its threshold falls below that. With a
-        small share of it a weight grows for which the loss has a use, and comes back. Not in the paper.
+        small share of it a weight grows for which the loss has a use, and comes back. Not in the paper. A constant, as
+        the temperature is.
 
     Returns:
       ``v = w · s``, shape and dtype of ``w``, and ``L0 = Σ s`` (eq. 6), a float32 scalar.
     """
-    return _soft_threshold(w, threshold, temperature, exact_gradient, l0_to_weights, leak)
+    return _soft_threshold(w, threshold, temperature, jnp.asarray(leak, jnp.float32), exact_gradient, l0_to_weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _soft_threshold(w, threshold, temperature, exact_gradient, l0_to_weights, leak):
-    del exact_gradient, l0_to_weights, leak
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _soft_threshold(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
+    del leak, exact_gradient, l0_to_weights
     s = soft_mask(w, threshold, temperature)
     return (w * s).astype(w.dtype), _sum(s)
 
 
-def _soft_threshold_fwd(w, threshold, temperature, exact_gradient, l0_to_weights, leak):
+def _soft_threshold_fwd(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
     # The mask is recomputed in the backward pass: to keep it would cost a float32 copy of every weight.
-    pruned = _soft_threshold(w, threshold, temperature, exact_gradient, l0_to_weights, leak)
-    return pruned, (w, threshold, temperature)
+    pruned = _soft_threshold(w, threshold, temperature, leak, exact_gradient, l0_to_weights)
+    return pruned, (w, threshold, temperature, leak)
 
 
-def _soft_threshold_bwd(exact_gradient, l0_to_weights, leak, residuals, cotangents):
-    w, threshold, temperature = residuals
+def _soft_threshold_bwd(exact_gradient, l0_to_weights, residuals, cotangents):
+    w, threshold, temperature, leak = residuals
     g, g_count = cotangents
     s = soft_mask(w, threshold, temperature)
     slope = s * (1 - s)  # −T · ∂s/∂τ; one division of a sum is cheaper than one of every weight
     w32, g32 = w.astype(jnp.float32), g.astype(jnp.float32)
     # One reduction serves the classification loss and the penalty: −Σ (g·w + λ) · s(1−s)/T.
     d_threshold = -_sum((g32 * w32 + g_count) * slope) / temperature
-    d_w = g32 * (s + leak * (1 - s) if leak else s)
+    d_w = g32 * (s + leak * (1 - s))
     if exact_gradient:
         d_w += g32 * w32 * 2 * w32 * slope / temperature
     if l0_to_weights:
         d_w += g_count * 2 * w32 * slope / temperature
-    return d_w.astype(w.dtype), d_threshold, jnp.zeros_like(temperature)
+    return d_w.astype(w.dtype), d_threshold, jnp.zeros_like(temperature), jnp.zeros_like(leak)
 
 
 _soft_threshold.defvjp(_soft_threshold_fwd, _soft_threshold_bwd)

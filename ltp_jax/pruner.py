@@ -27,6 +27,8 @@ class MethodState(Protocol):
 class Pruner(NamedTuple):
     """A pruning method as pure functions, all of which can be traced.
 
+    ``step`` counts the updates from 0, whatever was trained before: schedules and plans go by it.
+
     Attributes:
       init: ``params -> state``, for trained parameters.
       soften: ``(params, thresholds, state, step) -> (pruned, penalty)``: the parameters that the network trains with
@@ -99,7 +101,7 @@ def learned_thresholds(
       costs: see ``ltp_jax.l0``.
     """
     sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
-    total = max(sum(size * (1 if costs is None else costs[path]) for path, size in sizes.items()), 1)
+    total = sum(size * (1 if costs is None else costs[path]) for path, size in sizes.items()) or 1
 
     def init(params):
         prune = transform.init(params, plan, t0)

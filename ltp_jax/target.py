@@ -11,7 +11,7 @@ so that rescaling a layer that batch normalisation follows does not change what 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import flax.struct
 import jax
@@ -42,12 +42,14 @@ class TargetState(flax.struct.PyTreeNode):
       log_scale: ``log m``, a float32 scalar; ``m`` has no unit, and 1 is the target as LAMP has it.
       offsets: ``a_l`` by path, float32 scalars; ``exp(a_l)`` is in units of ``w``.
       optimizer: the state of the offsets' optimizer.
+      fixed: whether the masks are, a bool scalar.
     """
 
     prune: PruneState
     log_scale: jax.Array
     offsets: Scalars
     optimizer: optax.OptState
+    fixed: jax.Array
 
     @property
     def thresholds(self) -> Scalars:
@@ -89,8 +91,9 @@ def target_density(
     masks go on choosing which weights to keep. Then the thresholds are set so that the target is met exactly, what
     they prune becomes zero and stays zero, and the rest goes on training. A layer keeps at least one weight.
 
-    Each step counts the weights above each threshold and a tenth beside it, nothing else; where exactly the target
-    lies is found once, at the end of the selection.
+    Each step counts the weights above each threshold and a tenth beside it, and looks for the largest; where exactly
+    the target lies is found once, at the end of the selection. A training of fewer steps than ``select_steps`` does
+    not come to it: its density is near the planned one.
 
     Args:
       plan: which tensors are pruned.
@@ -107,11 +110,17 @@ def target_density(
         multiply-accumulates. By default every weight costs one.
 
     Raises:
-      ValueError: if the density, the leak or the steps are out of range, or the target is below one weight for each
-        tensor.
+      ValueError: if the density, the leak, the steps or the costs are out of range, the plan prunes nothing, or the
+        target is below one weight for each tensor; from ``init``, as ``ltp_jax.init``, and if a tensor is not float32,
+        whose weights are too often of exactly one size for a target to be met.
     """
     sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
-    unit = {path: 1.0 if costs is None else float(costs[path]) for path in sizes}
+    if not sizes:
+        raise ValueError("the plan prunes no tensor: there is nothing to bring to a target")
+    unit = {path: 1.0 if costs is None else float(costs.get(path, math.nan)) for path in sizes}
+    if wrong := {path: cost for path, cost in unit.items() if not 0 < cost < math.inf}:
+        path, cost = next(iter(wrong.items()))
+        raise ValueError(f"{path} has a cost of {cost}; accepted is a positive number for each tensor that is pruned")
     total = sum(unit[path] * size for path, size in sizes.items())
     shares = {path: cost / total for path, cost in unit.items()}
     if not 0 < density < 1:
@@ -130,46 +139,53 @@ def target_density(
 
     def init(params: Params) -> TargetState:
         prune = transform.init(params, plan, t0)
+        for path, leaf in named_leaves(params):
+            if path in sizes and leaf.dtype != jnp.float32:
+                raise ValueError(f"{path} is of {leaf.dtype}; to meet a target weights have to be float32")
         offsets = lamp_offsets(params, density, shares)
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
         # said of the weights that are not zero already: no threshold can leave more than those.
-        present = measure(params, prune.thresholds, shares)[0]
+        present = measure(params, prune.thresholds, shares).present
         scale = solve_scale(params, offsets, present * planned(1), shares)
-        return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets))
+        return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
 
     def soften(params, thresholds, state, step):
         del step
-        pruned = transform.soft_prune(params, state.prune.replace(thresholds=thresholds), leak=leak)
+        # No weight comes back to fixed masks: what it got of the gradient would only distort a norm of it.
+        now = jnp.where(state.fixed, 0.0, leak)
+        pruned = transform.soft_prune(params, state.prune.replace(thresholds=thresholds), leak=now)
         return pruned, jnp.zeros((), jnp.float32)
 
     def update(grads, old_params, params, state, step):
-        fixed = step >= select_steps
-        params = project(params, old_params, state.thresholds, fixed)
-        density_now, present, slopes, narrow = measure(params, state.thresholds, shares)
+        params = project(params, old_params, state.thresholds, state.fixed)
+        measured = measure(params, state.thresholds, shares)
         # Before the first step the network is whole, and the scale is that of the plan after it already. While the
         # plan asks for more weights than are not zero, the scale waits for it.
         wanted = planned(step + 1)
-        move = jnp.where((step == 0) | (wanted >= present), 0, newton_step(density_now, slopes, wanted))
-        log_scale = state.log_scale + move
+        move = newton_step(measured.density, measured.slopes, wanted)
+        log_scale = state.log_scale + jnp.where((step == 0) | (wanted >= measured.present), 0, move)
         loss_grads = {path: g * 2 * state.thresholds[path] for path, g in grads.items()}  # ∂L/∂a = 2τ · ∂L/∂τ
         updates, optimizer_state = optimizer.update(
-            without_component(loss_grads, slopes), state.optimizer, state.offsets
+            without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
         moved = cast(Scalars, optax.apply_updates(state.offsets, updates))
-        fall = SLOPE_WIDTH + jnp.maximum(move, 0)  # whatever the common scale does, this layer's threshold falls
-        offsets = {path: jnp.where(narrow[path], state.offsets[path] - fall, a) for path, a in moved.items()}
+        offsets = below_the_largest(moved, log_scale, measured.largest)
         prune = state.prune.replace(thresholds=scaled_thresholds(jnp.exp(log_scale), offsets))
-        selected = TargetState(prune, log_scale, offsets, optimizer_state)
+        selected = TargetState(prune, log_scale, offsets, optimizer_state, state.fixed)
+        fix_now = (step + 1 >= select_steps) & ~state.fixed
         exact = jax.lax.cond(
-            step + 1 == select_steps,
-            lambda: exact_thresholds(params, selected.offsets, density, shares),
+            fix_now,
+            lambda: exact_thresholds(params, offsets, density, shares),
             lambda: {path: jnp.float32(FIXED_THRESHOLD) for path in sizes},
         )
-        hard = state.replace(prune=PruneState(exact, {path: jnp.float32(FIXED_TEMPERATURE) for path in sizes}))
-        return params, jax.tree.map(lambda soft, hard: jnp.where(step + 1 >= select_steps, hard, soft), selected, hard)
+        hard = state.replace(
+            prune=PruneState(exact, {path: jnp.float32(FIXED_TEMPERATURE) for path in sizes}),
+            fixed=jnp.ones((), bool),
+        )
+        return params, jax.tree.map(lambda soft, hard: jnp.where(state.fixed | fix_now, hard, soft), selected, hard)
 
     def harden(params, state):
-        return transform.hard_prune(params, state.prune.replace(thresholds=keep_one(params, state.thresholds)))
+        return transform.hard_prune(params, state.prune)
 
     return Pruner(init, soften, update, harden)
 
@@ -199,33 +215,58 @@ def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]
     return {path: jnp.log(squares[path][jnp.minimum(places[path], squares[path].size - 1)]) / 2 for path in shares}
 
 
-def measure(
-    params: Params, thresholds: Scalars, shares: Mapping[str, float]
-) -> tuple[jax.Array, jax.Array, Scalars, Scalars]:
-    """What is left under some thresholds, and how it changes with them. Reads each weight once.
+class Measured(NamedTuple):
+    """What is left under some thresholds, and how that changes with them.
+
+    Attributes:
+      density: a float32 scalar in [0, 1].
+      present: the density of thresholds of zero.
+      slopes: by path, what the density loses per unit of ``log √τ_l``; not negative.
+      largest: by path, the largest ``w²``.
+    """
+
+    density: jax.Array
+    present: jax.Array
+    slopes: Scalars
+    largest: Scalars
+
+
+def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) -> Measured:
+    """Reads each weight once.
 
     Args:
       params: the parameters.
       thresholds: ``τ`` by path.
       shares: the cost of one weight of each tensor over that of all weights, by path.
-
-    Returns:
-      The density, a float32 scalar in [0, 1]; that of thresholds of zero; by path, the share that it loses per unit
-      of ``log √τ_l``, which is not negative; and, by path, whether fewer than one weight is left a tenth above the
-      threshold, so that it must not rise.
     """
     leaves = dict(named_leaves(params))
     density = present = jnp.zeros((), jnp.float32)
-    slopes, narrow = {}, {}
+    slopes, largest = {}, {}
+    width = math.exp(2 * SLOPE_WIDTH)
     for path, share in shares.items():
-        width = math.exp(2 * SLOPE_WIDTH)
         tau = thresholds[path]
-        nonzero, below, kept, above = _counts(leaves[path], (jnp.zeros_like(tau), tau / width, tau, tau * width))
+        levels = (jnp.zeros_like(tau), tau / width, tau, tau * width)
+        (nonzero, below, kept, above), largest[path] = _counts(leaves[path], levels)
         density += share * kept
         present += share * nonzero
         slopes[path] = share * (below - above) / (2 * SLOPE_WIDTH)
-        narrow[path] = above < 1
-    return density, present, slopes, narrow
+    return Measured(density, present, slopes, largest)
+
+
+def below_the_largest(offsets: Scalars, log_scale: jax.Array, largest: Scalars) -> Scalars:
+    """The offsets, lowered where a layer would be left without a weight: its threshold stays below its largest.
+
+    Args:
+      offsets: ``a_l`` by path.
+      log_scale: ``log m``.
+      largest: ``w²`` of the largest weight of each layer, by path.
+    """
+    # A thousandth, so that rounding leaves the threshold below; the least normal number, for a layer of zeros.
+    tiny = jnp.finfo(jnp.float32).tiny
+    return {
+        path: jnp.minimum(a, jnp.log(jnp.maximum(largest[path], tiny)) / 2 - 1e-3 - log_scale)
+        for path, a in offsets.items()
+    }
 
 
 def newton_step(density: jax.Array, slopes: Scalars, planned: jax.Array) -> jax.Array:
@@ -288,11 +329,11 @@ def keep_one(params: Params, thresholds: Scalars) -> Scalars:
     """The thresholds by path, lowered where a layer would be left without a weight: it keeps its largest."""
     leaves = dict(named_leaves(params))
 
-    def below_the_largest(path: str, tau: jax.Array) -> jax.Array:
+    def capped(path: str, tau: jax.Array) -> jax.Array:
         largest = jnp.max(jnp.square(leaves[path].astype(jnp.float32)))
         return jnp.minimum(tau, jnp.nextafter(largest, jnp.float32(0)))
 
-    return {path: below_the_largest(path, tau) for path, tau in thresholds.items()}
+    return {path: capped(path, tau) for path, tau in thresholds.items()}
 
 
 def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> jax.Array:
@@ -306,7 +347,7 @@ def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Ma
 
     def left(scale: jax.Array) -> jax.Array:
         thresholds = scaled_thresholds(scale, offsets)
-        counts = {path: jnp.maximum(_counts(leaves[path], (tau,))[0], 1) for path, tau in thresholds.items()}
+        counts = {path: jnp.maximum(_counts(leaves[path], (tau,))[0][0], 1) for path, tau in thresholds.items()}
         return transform.total_cost(counts, shares)
 
     return _smallest_float(lambda scale: left(scale) <= density * (1 + 1e-6))
@@ -326,19 +367,25 @@ def _smallest_float(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     return jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
-def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """How many weights lie above each threshold: int32 scalars, since a float32 sum of ones stops at 2²⁴.
+def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """How many weights lie above each threshold, int32 as a float32 sum of ones stops at 2²⁴, and the largest ``w²``.
 
-    XLA has no fast form of integer sums for a CPU: it writes each mask to memory first. There they are one reduction of
-    several operands, which takes a twentieth of the time, and which costs a TPU more than separate sums.
+    XLA has no fast form of integer sums for a CPU: it writes each mask to memory first. There all of it is one
+    reduction of several operands, which takes a twentieth of the time, and which costs a TPU more than separate ones.
     """
 
-    def together(*masks: jax.Array) -> tuple[jax.Array, ...]:
-        zeros = (jnp.int32(0),) * len(masks)
-        return jax.lax.reduce(masks, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), range(w.ndim))
+    def together(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:
+        zeros = (jnp.float32(0), *(jnp.int32(0) for _ in masks))
 
-    def apart(*masks: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
+        def combine(a, b):
+            return jnp.maximum(a[0], b[0]), *(x + y for x, y in zip(a[1:], b[1:], strict=True))
+
+        return jax.lax.reduce((square, *masks), zeros, combine, range(w.ndim))
+
+    def apart(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:
+        return jnp.max(square), *(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
 
     masks = (method.hard_mask(w, tau).astype(jnp.int32) for tau in thresholds)
-    return jax.lax.platform_dependent(*masks, cpu=together, default=apart)
+    square = jnp.square(w.astype(jnp.float32))
+    largest, *counts = jax.lax.platform_dependent(square, *masks, cpu=together, default=apart)
+    return tuple(counts), largest

@@ -54,7 +54,7 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
     return PruneState({path: jnp.zeros((), jnp.float32) for path in plan.paths}, temperatures)
 
 
-def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False, leak: float = 0.0) -> Params:
+def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False, leak: ArrayLike = 0.0) -> Params:
     """``v = w · sigmoid((w² − τ)/T)`` for every selected tensor: the network that is trained.
 
     Differentiable in ``params`` and ``state.thresholds``; the gradient with respect to ``params`` is that of eq. 14
@@ -89,7 +89,7 @@ def soft_prune_and_count(
     *,
     exact_gradient: bool = False,
     l0_to_weights: bool = False,
-    leak: float = 0.0,
+    leak: ArrayLike = 0.0,
 ) -> tuple[Params, Scalars]:
     """``soft_prune`` and the soft count of every selected tensor by path, which share their work.
 

@@ -124,7 +124,7 @@ def test_lamp_by_hand():
     np.testing.assert_allclose([offsets[path] for path in ZERO], np.log([4.0, 8.0]), rtol=1e-6)
 
 
-def test_exact_thresholds_under_jit_are_the_same_to_the_bit():
+def test_exact_thresholds_under_jit_leave_as_many():
     params = initial_params()
     zero = {path: jnp.zeros(()) for path in shares(params)}
     eager = target.exact_thresholds(params, zero, 0.1, shares(params))
@@ -152,14 +152,84 @@ def test_newton_step():
 
 
 def test_measure():
-    params = {"kernel": jnp.array([0.5, 0.95, -1.0, 1.05, -2.0])}
-    density, present, slopes, narrow = target.measure(params, {"kernel": jnp.float32(0.98)}, {"kernel": 0.2})
-    assert float(density) == pytest.approx(3 / 5)  # √0.98 = 0.990
-    assert float(present) == pytest.approx(1)
+    params = {"kernel": jnp.array([0.5, 0.95, -1.0, 1.05, -2.0, 0.0])}
+    measured = target.measure(params, {"kernel": jnp.float32(0.98)}, {"kernel": 0.1})
+    assert float(measured.density) == pytest.approx(0.3)  # √0.98 = 0.990
+    assert float(measured.present) == pytest.approx(0.5)
     # Between 0.896 and 1.094 lie three of them, in 0.2 of log √τ.
-    assert float(slopes["kernel"]) == pytest.approx(3 * 0.2 / 0.2)
-    assert not narrow["kernel"]
-    assert target.measure(params, {"kernel": jnp.float32(3.9)}, {"kernel": 0.2})[3]["kernel"]
+    assert float(measured.slopes["kernel"]) == pytest.approx(3 * 0.1 / 0.2)
+    assert float(measured.largest["kernel"]) == 4
+
+
+def test_offsets_stay_below_the_largest_weight():
+    # The threshold (2 · 3)² would pass the largest weight of a, 4, and not that of b, 8.
+    offsets, largest = dict.fromkeys(ZERO, jnp.log(3.0)), {"a/kernel": jnp.float32(16), "b/kernel": jnp.float32(64)}
+    held = target.below_the_largest(offsets, jnp.log(2.0), largest)
+    assert float(held["a/kernel"]) == pytest.approx(math.log(2 * 0.999), abs=1e-6)
+    assert held["b/kernel"] == offsets["b/kernel"]
+
+
+def test_two_updates_by_hand():
+    # Two tensors of ten weights; √τ of 1 and 2 on the way from 16 of 20 weights to 4 of 20.
+    sizes = np.array([0.5, 0.92, 1.04, 1.5, 1.6, 1.7, 1.8, 1.9, 1.95, 3.0], np.float32)
+    params = {"a": {"kernel": jnp.asarray(sizes)[None]}, "b": {"kernel": 2 * jnp.asarray(sizes)[None]}}
+    plan = ltp.plan(params)
+    pruner = target.target_density(plan, 0.2, prune_steps=10, select_steps=12, optimizer=optax.sgd(0.1))
+    first = pruner.init(params)
+    offsets = {"a/kernel": jnp.float32(0), "b/kernel": jnp.log(2.0)}
+    tau = {"a/kernel": jnp.float32(1), "b/kernel": jnp.float32(4)}
+    state = first.replace(offsets=offsets, log_scale=jnp.zeros(()), prune=first.prune.replace(thresholds=tau))
+    grads = {"a/kernel": jnp.float32(0.3), "b/kernel": jnp.float32(-0.1)}
+    # ∂L/∂a = 2τ · ∂L/∂τ = 0.6 and −0.8. In a tenth to both sides of each threshold lie two weights, so that the
+    # slopes are equal and what keeps the budget is the distance to the mean: 0.7 and −0.7, of which a tenth is taken.
+    wanted = np.array([-0.07, math.log(2) + 0.07])
+    for step in (0, 1):
+        _, new = pruner.update(grads, params, params, state, jnp.int32(step))
+        np.testing.assert_allclose([new.offsets[path] for path in offsets], wanted, atol=1e-6)
+        # 16 of 20 are left, with the slope 4/20/0.2 = 1, in units of the density 1.25. The plan after the second step
+        # is 0.2^(1 − 0.8³) = 0.456. The first step leaves the scale where it is.
+        move = 0 if step == 0 else min(math.log(0.8 / 0.2 ** (1 - 0.8**3)) / 1.25, 0.3)
+        assert float(new.log_scale) == pytest.approx(move, abs=1e-6)
+        np.testing.assert_allclose([new.thresholds[path] for path in offsets], np.exp(2 * (move + wanted)), rtol=1e-5)
+        assert not new.fixed
+    # At the twelfth update masks are fixed: 4 of 20, by size over exp(a_l), are 3.0, 1.95, 6.0 and 3.9.
+    _, new = pruner.update(grads, params, params, state, jnp.int32(11))
+    assert new.fixed
+    left = [np.flatnonzero(w[0]).tolist() for w in jax.tree.leaves(pruner.harden(params, new))]
+    assert sum(map(len, left)) == 4
+    assert all(9 in places for places in left)
+
+
+@pytest.mark.parametrize(("first", "stride"), [(0, 1), (0, 7), (15, 1), (1000, 1)])
+def test_masks_are_fixed_whatever_steps_are_counted(first, stride):
+    params = initial_params()
+    plan = ltp.plan(params)
+    pruner = target.target_density(plan, 1 / 16, prune_steps=10, select_steps=20)
+    state, still = pruner.init(params), dict.fromkeys(plan.paths, jnp.float32(0))
+    update = jax.jit(pruner.update)
+    for i in range(22):
+        params, state = update(still, params, params, state, first + i * stride)
+    assert int(ltp.summarize(params, state.prune).kept) == plan.prunable // 16
+
+
+def test_pruned_weights_get_no_gradient_once_masks_are_fixed():
+    params = initial_params()
+    pruner = pruner_to(16)
+    state, still = pruner.init(params), dict.fromkeys(ltp.plan(params).paths, jnp.float32(0))
+
+    def grads(params, state):
+        return jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(pruner.soften(p, state.thresholds, state, 0)[0]))))(
+            params
+        )
+
+    for step in range(SELECT - 1):
+        params, state = pruner.update(still, params, params, state, step)
+    hard = pruner.harden(params, state)
+    assert float(jnp.max(jnp.where(hard["one"]["kernel"] == 0, grads(params, state)["one"]["kernel"], 0))) >= 0.1
+    for step in range(SELECT - 1, SELECT + 1):
+        params, state = pruner.update(still, params, params, state, step)
+    got = grads(params, state)["one"]["kernel"]
+    np.testing.assert_array_equal(got, params["one"]["kernel"] != 0)
 
 
 def test_nothing_comes_back_once_masks_are_fixed():
@@ -282,7 +352,7 @@ def test_no_layer_is_empty_on_the_way(prune_steps):
     update = jax.jit(pruner.update)
     for step in range(22):
         params, state = update(still, params, params, state, step)
-        left = {path: np.count_nonzero(w) for path, w in ltp.named_leaves(pruner.harden(params, state))}
+        left = {path: int(tensor.kept) for path, tensor in ltp.summarize(params, state.prune).tensors.items()}
         assert all(left[path] >= 1 for path in plan.paths), (step, left)
 
 
@@ -350,6 +420,25 @@ def test_refusals(density, prune_steps, select_steps, message):
     plan = ltp.plan(initial_params())
     with pytest.raises(ValueError, match=message):
         target.target_density(plan, density, prune_steps=prune_steps, select_steps=select_steps)
+
+
+@pytest.mark.parametrize(
+    "costs", [{}, {"one/kernel": 1.0, "two/kernel": 0.0, "head/kernel": 1.0}, {"one/kernel": math.inf}]
+)
+def test_costs_that_are_none_are_refused(costs):
+    with pytest.raises(ValueError, match=r"kernel has a cost of .*; accepted is a positive number"):
+        target.target_density(ltp.plan(initial_params()), 0.5, prune_steps=1, select_steps=2, costs=costs)
+
+
+def test_a_plan_that_prunes_nothing_is_refused():
+    with pytest.raises(ValueError, match="the plan prunes no tensor"):
+        target.target_density(ltp.plan({"bias": jnp.zeros(3)}), 0.5, prune_steps=1, select_steps=2)
+
+
+def test_half_precision_is_refused():
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), initial_params())
+    with pytest.raises(ValueError, match="of bfloat16; to meet a target weights have to be float32"):
+        pruner_to(2).init(params)
 
 
 def test_a_leak_of_more_than_the_whole_gradient_is_refused():
