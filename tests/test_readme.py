@@ -1,0 +1,33 @@
+"""The README's training loop, run as it stands there."""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ltp_jax as ltp
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.relu(nn.Dense(64)(x))
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(4)(x)
+
+
+def test_the_training_loop():
+    blocks = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
+    (loop,) = (block for block in blocks if "make_train_step(" in block)
+    model, steps, rng = Network(), 40, np.random.default_rng(0)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32)), train=False)
+    images = rng.normal(size=(steps, 16, 32)).astype(np.float32)
+    batches = [{"image": image, "label": np.argmax(image[:, :4], -1)} for image in images]
+    names = {"model": model, "params": variables["params"], "batch_stats": variables["batch_stats"]}
+    names |= {"steps": steps, "batches": batches}
+    exec(loop, names)  # the names of its text, and those that it defines
+    kept = sum(np.count_nonzero(w) for path, w in ltp.named_leaves(names["hard"]) if path.endswith("kernel"))
+    assert kept == (32 * 64 + 64 * 4) // 16
