@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -70,11 +71,13 @@ class LtpConfig:
     """λ·N: what keeping all prunable weights costs, in units of the loss; 20 if nothing is said and there is no target.
     More prunes more, but how much is not the same from run to run. It takes the place of a target."""
     ramp: float = 1.0
-    """Share of the learning steps over which the penalty rises linearly from zero."""
+    """With a penalty: share of the learning steps over which it rises linearly from zero."""
     learn: float = 0.5
-    """Share of the run in which thresholds are learned; then they are frozen while the network recovers."""
+    """With a penalty: share of the run in which thresholds are learned; then they are frozen while the network
+    recovers."""
     reach: float = 6.0
-    """How far a threshold can move while it is learned, in units of std(|w|); Adam's rate times the learning steps."""
+    """With a penalty: how far a threshold can move while it is learned, in units of std(|w|); Adam's rate times the
+    learning steps."""
     t0: float | None = None
     """Temperature in units of Var(|w|), eq. 15; 1e-3, or 1e-2 with a target, if nothing is said."""
     target_compression: float | None = None
@@ -94,6 +97,23 @@ class LtpConfig:
     """Differentiate the mask with respect to the weights, too, instead of eq. 14."""
     l0_to_weights: bool = False
     """Let the gradient of the L0 penalty reach the weights, too."""
+
+    @property
+    def to_target(self) -> bool:
+        """Whether the goal is a target, and no penalty."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    @property
+    def temperature(self) -> float:
+        """``t0``, whether it was given or not."""
+        if self.t0 is not None:
+            return self.t0
+        return 1e-2 if self.to_target else 1e-3
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The options that have a value all the same where the goal gives them no meaning."""
+        return ("ramp", "learn", "reach") if self.to_target else ("prune", "select")
 
     def check(self) -> None:
         _require(self.penalty is None or self.penalty >= 0, "--ltp.penalty", self.penalty, "0 or more")
@@ -204,6 +224,8 @@ class Config:
 
 
 def _require(condition: bool, flag: str, value: Any, accepted: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{flag} is {value}; accepted is {accepted}, and finite")
     if not condition:
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}")
 
@@ -217,7 +239,7 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
       argv: the words of the command; those of this process if nothing is said.
 
     Raises:
-      ConfigError: for an impossible value.
+      ConfigError: for an impossible value, or one that the goal of the pruning leaves without a meaning.
       SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -234,6 +256,9 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
     prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
     config = tyro.cli(type(default), prog=prog, default=default, args=list(argv), description=description)
     config.check()
+    if idle := [flag for name in config.ltp.idle if (flag := f"--ltp.{name}") in typed]:
+        other, goal = ("a penalty", "a target") if config.ltp.to_target else ("a target", "a penalty")
+        raise ConfigError(f"{' and '.join(idle)} would do nothing: this run prunes to {goal}, not to {other}")
     return config
 
 
@@ -246,7 +271,7 @@ def record(config: Config, *, write: bool = True) -> None:
     """Writes the configuration to the working directory, or checks that it is the one that is there.
 
     A run goes on only with the options that it began with; where data lie, what is shown, how many processes and
-    devices share the work, and when it gives up may change.
+    devices share the work, when it gives up, and what has no meaning for it may change.
 
     Args:
       config: the options.
@@ -265,6 +290,7 @@ def record(config: Config, *, write: bool = True) -> None:
                 f"{path} is no record of a run ({error}); remove it or choose another --workdir"
             ) from error
         free = {"workdir", "data_dir", "tensorboard", "mesh.fsdp", "workers", "max_unreadable", "dry_run_timeout"}
+        free.update(f"ltp.{name}" for name in config.ltp.idle)
         if (config.workdir / "dense").is_dir():
             free.add("pretrained")  # nothing more is taken from it; whose weights they are stays fixed
         old_items, new_items = _flat(old), _flat(new)

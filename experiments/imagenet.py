@@ -5,6 +5,7 @@ python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.sa
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +119,8 @@ class ImagenetConfig(Config):
             raise ConfigError(f"--workers is {self.workers}; accepted is 0 or more")
         if self.max_unreadable < 0:
             raise ConfigError(f"--max-unreadable is {self.max_unreadable}; accepted is 0 or more")
-        if self.dry_run_timeout <= 0:
-            raise ConfigError(f"--dry-run-timeout is {self.dry_run_timeout}; accepted is more than 0")
+        if not 0 < self.dry_run_timeout < math.inf:
+            raise ConfigError(f"--dry-run-timeout is {self.dry_run_timeout}; accepted is more than 0, and finite")
         if not self.dry_run and self.pretrained is None and self.dense is None and not self.train.from_scratch:
             raise ConfigError(where_weights_come_from(self.arch))
         if self.pretrained is not None and self.train.from_scratch:

@@ -70,7 +70,8 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Callable[[],
       The finished trail.
 
     Raises:
-      ConfigError: if the options do not go with the network, the data or the devices; nothing is written then.
+      ConfigError: if the options do not go with the network, the data or the devices; nothing is written then. Later,
+        if a dense network that was trained or taken here cannot be pruned.
       Preempted: if a process was asked to stop, after the state was saved.
     """
     check_options(config, module, dataset, start)
@@ -105,9 +106,26 @@ def check_options(
     if config.dense is None and start is None and not (config.workdir / "dense").is_dir():
         check_batch("pretrain", config.pretrain, dataset)
     network = jax.eval_shape(lambda: init_network(module, dataset, config.seed))
+    plan = ltp.plan(network["params"])
+    make_pruner(config, module, dataset, plan)
     if config.dense is not None:
-        check_network(restore_network(config.dense), network, config.dense, config.arch)
-    make_pruner(config, module, dataset, ltp.plan(network["params"]))
+        # What Orbax says of a directory that it did not write helps nobody.
+        if config.dense.is_dir() and not (config.dense / "_METADATA").exists():
+            raise ConfigError(
+                f"--dense is {config.dense}, which holds no network of this project; accepted is the dense/ of another "
+                "run"
+            )
+        given = restore_network(config.dense)
+        check_network(given, network, config.dense, config.arch)
+        check_weights(given["params"], plan, config.ltp)
+
+
+def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
+    """Raises ConfigError for a dense network with a tensor that has no temperature, being constant or not finite."""
+    try:
+        ltp.init(params, plan, config.temperature)  # here, since under jit it cannot look at values
+    except ValueError as error:
+        raise ConfigError(f"the dense network cannot be pruned: {error}") from error
 
 
 def check_batch(stage: str, train: TrainConfig, dataset: Dataset) -> None:
@@ -172,9 +190,8 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
     Raises:
       ConfigError: if the target leaves less than one weight to each tensor.
     """
-    targets = (config.target_density, config.target_compression, config.target_macs)
-    density, compression, macs = targets
-    if any(target is not None for target in targets):
+    density, compression, macs = config.target_density, config.target_compression, config.target_macs
+    if config.to_target:
         prune_steps = max(round(config.prune * steps), 1)
         try:
             return target_density(
@@ -182,7 +199,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
                 1 / (compression or macs or 1) if density is None else density,
                 prune_steps=prune_steps,
                 select_steps=max(round(config.select * steps), prune_steps),
-                t0=1e-2 if config.t0 is None else config.t0,
+                t0=config.temperature,
                 leak=0.1 if config.leak is None else config.leak,
                 costs=None if macs is None else uses(),
             )
@@ -196,7 +213,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
         optax.linear_schedule(0.0, penalty, ramp_steps) if ramp_steps else optax.constant_schedule(penalty),
         optax.adam(config.reach / learn_steps),
         learn_steps=learn_steps,
-        t0=1e-3 if config.t0 is None else config.t0,
+        t0=config.temperature,
         exact_gradient=config.exact_gradient,
         l0_to_weights=config.l0_to_weights,
     )
@@ -291,6 +308,7 @@ class Job:
         steps_per_epoch = self.dataset.train_size // config.train.batch_size
         plan = ltp.plan(params)
         log.info("plan:\n%s", plan)
+        check_weights(params, plan, config.ltp)
         pruner = make_pruner(config, self.module, self.dataset, plan)
         uses = network_uses(self.module, self.dataset, plan)
         optimizer = weights_optimizer(config.train, steps_per_epoch)

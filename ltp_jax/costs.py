@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.extend.core import get_opaque_trace_state
 
 from ltp_jax.selection import Plan
 
@@ -16,6 +17,9 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     convolution, grouped or not, once for every position of its output. So ``uses · size`` is what a layer computes,
     and ``uses · kept`` what is left of it. Nothing is computed: the network is traced with shapes alone.
 
+    Counted are ``kernel``s of two dimensions, those of ``nn.DenseGeneral`` and so of attention, and those with as many
+    dimensions as their module's output, which are taken for convolutions.
+
     Args:
       module: a Linen network.
       inputs: a batch of inputs, an array or its ``jax.ShapeDtypeStruct``; the first axis is the batch.
@@ -26,25 +30,47 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
       The uses by path of the tensor.
 
     Raises:
-      ValueError: if a selected tensor is no ``kernel`` with the features of its module's output as the last axis.
+      ValueError: if a selected tensor is no such kernel, or the features of its module's output are not its last axis;
+        if it is of ``nn.ConvTranspose``, ``nn.ConvLocal``, ``nn.Einsum`` or a ``nn.DenseGeneral`` with batch axes; or
+        if its module is called within ``nn.scan``, ``nn.vmap``, ``nn.remat`` or another transform.
     """
     uses: dict[str, float] = {}
+    outermost = None
 
     def watch(next_method, args, method_kwargs, context):
         output = next_method(*args, **method_kwargs)
         if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
             kernel = context.module.get_variable("params", "kernel")
             path = "/".join((*context.module.path, "kernel"))
-            if isinstance(output, jax.Array) and output.ndim > 1 and output.shape[-1] == kernel.shape[-1]:
-                # A module that is called several times uses its weights as often.
-                uses[path] = uses.get(path, 0) + math.prod(output.shape[1:-1])
+            # A module that is called several times uses its weights as often; how often a transform calls it is not
+            # known here. One call that cannot be counted leaves the sum unknown.
+            within = get_opaque_trace_state(convention="flax") != outermost
+            uses[path] = uses.get(path, 0) + (math.nan if within else _positions(context.module, kernel, output))
         return output
 
+    def trace(x):
+        nonlocal outermost
+        outermost = get_opaque_trace_state(convention="flax")
+        return module.init(jax.random.key(0), x, **kwargs)
+
     with nn.intercept_methods(watch):
-        jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **kwargs), inputs)
-    if missing := [path for path in plan.paths if path not in uses]:
+        jax.eval_shape(trace, inputs)
+    if missing := [path for path in plan.paths if math.isnan(uses.get(path, math.nan))]:
         raise ValueError(
-            f"the uses of {', '.join(missing)} are not known: only tensors named 'kernel' are counted, whose last axis "
-            "is that of their module's output; give their costs yourself"
+            f"the uses of {', '.join(missing)} are not known: counted are tensors named 'kernel' of dense layers and "
+            "convolutions, neither transposed nor local, outside of nn.scan, nn.vmap and nn.remat; give their costs "
+            "yourself"
         )
     return {path: uses[path] for path in plan.paths}
+
+
+def _positions(module: nn.Module, kernel: jax.Array, output: Any) -> float:
+    """At how many positions of one input a module uses its kernel in one call; NaN if that is not certain."""
+    if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
+        features = 1 if isinstance(module.features, int) else len(module.features)
+        return math.prod(output.shape[1 : output.ndim - features])
+    if isinstance(module, nn.DenseGeneral | nn.ConvTranspose | nn.ConvLocal | nn.Einsum):
+        return math.nan
+    if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:
+        return math.nan
+    return math.prod(output.shape[1:-1]) if kernel.ndim in (2, output.ndim) else math.nan

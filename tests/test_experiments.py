@@ -19,7 +19,7 @@ from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
 from experiments.fashion_mnist import PRESETS
 from ltp_jax import models
-from ltp_jax.trail import Trail, TrailError, restore_network
+from ltp_jax.trail import Trail, TrailError, restore_network, save_network
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,6 +166,20 @@ def test_dense_network_of_another_architecture_is_refused(finished, tmp_path):
         runs.run(tiny(tmp_path, dense=finished / "dense"), models.create("digits", num_classes=7), digits())
 
 
+@pytest.mark.parametrize("value", [0.5, np.nan])
+def test_dense_network_with_a_tensor_that_cannot_be_pruned_is_refused(finished, tmp_path, value):
+    network = restore_network(finished / "dense")
+    network["params"]["head"]["kernel"] = np.full_like(network["params"]["head"]["kernel"], value)
+    message = "^the dense network cannot be pruned: head/kernel has a temperature of (0.0|nan): its weights are all of"
+    save_network(tmp_path / "given" / "dense", **network)
+    with pytest.raises(ConfigError, match=message):
+        start(tiny(tmp_path / "run", dense=tmp_path / "given" / "dense"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=message):  # as if it had been trained there
+        start(tiny(tmp_path / "given"))
+    assert not (tmp_path / "given" / "trail").exists()
+
+
 def test_loss_that_is_no_number_stops_the_run_and_loses_nothing(finished, tmp_path):
     config = tiny(tmp_path, dense=finished / "dense")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e30))
@@ -180,6 +194,18 @@ def test_other_options_in_the_same_directory_are_refused(finished):
     config = dataclasses.replace(tiny(finished, tensorboard=True), ltp=LtpConfig(penalty=20.0, learn=0.7, reach=1.5))
     with pytest.raises(ConfigError, match=r"--ltp\.learn was 0\.5, is 0\.7"):
         record(config)
+
+
+def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
+    for ltp, idle, used in (
+        (LtpConfig(target_compression=8.0), {"ramp": 0.1, "learn": 0.1, "reach": 0.1}, {"select": 0.9}),
+        (LtpConfig(penalty=8.0), {"prune": 0.1, "select": 0.9}, {"ramp": 0.1}),
+    ):
+        config = tiny(tmp_path / str(ltp.penalty), ltp=ltp)
+        record(config)
+        record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **idle)))
+        with pytest.raises(ConfigError, match=f"--ltp.{next(iter(used))} was"):
+            record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)))
 
 
 def test_broken_configuration_file_is_said(tmp_path):
@@ -199,6 +225,7 @@ def test_broken_configuration_file_is_said(tmp_path):
         ({"mesh": MeshConfig(fsdp=3)}, "--mesh.fsdp"),
         ({"ltp": LtpConfig(target_compression=1e5)}, "the target of --ltp cannot be met.*fewer than one weight"),
         ({"dense": Path("/absent")}, "there is no network in /absent"),
+        ({"dense": ROOT}, "^--dense is .*, which holds no network of this project; accepted is the dense/ of another"),
     ],
 )
 def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, changes, message):
@@ -216,6 +243,16 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
         (["--seed", "-3"], "--seed is -3"),
         (["--ltp.penalty", "3", "--ltp.target-macs=2"], "--ltp.penalty and --ltp.target-macs exclude each other"),
+        *(
+            ([f"{flag}={value}"], f"^{flag} is {value}; accepted is more than [01], and finite")
+            for flag in ("--ltp.t0", "--ltp.reach", "--train.learning-rate", "--ltp.target-macs")
+            for value in ("inf", "nan")
+        ),
+        (["--ltp.penalty=inf"], "^--ltp.penalty is inf; accepted is 0 or more, and finite"),
+        (["--ltp.learn=0.3"], "^--ltp.learn would do nothing: this run prunes to a target, not to a penalty"),
+        (["--ltp.reach", "3", "--ltp.ramp=1"], "^--ltp.ramp and --ltp.reach would do nothing"),
+        (["--ltp.penalty=3", "--ltp.prune=0.5"], "^--ltp.prune would do nothing: this run prunes to a penalty"),
+        (["--ltp.target-compression=None", "--ltp.select=0.9"], "^--ltp.select would do nothing"),
         (["--mesh.fsdp", "0"], "--mesh.fsdp is 0; accepted is at least 1"),
         *(
             (
@@ -256,6 +293,8 @@ def test_network_decides_the_defaults():
     assert parse(PRESETS, "", ["--arch=lenet5"]) == PRESETS["lenet5"]
     assert parse(PRESETS, "", []) == PRESETS["lenet_300_100"]
     assert parse(PRESETS, "", ["--ltp.t0", "0.01"]).ltp.t0 == 0.01
+    assert parse(PRESETS, "", ["--ltp.prune=0.3"]).ltp.prune == 0.3
+    assert parse(PRESETS, "", ["--ltp.penalty=9", "--ltp.learn=0.3"]).ltp.learn == 0.3
 
 
 @pytest.mark.parametrize("goal", ["penalty", "target_density", "target_macs"])
@@ -320,17 +359,14 @@ TINY = [
     "--train.batch-size=96",
     "--train.warmup-epochs=0",
     "--train.learning-rate=0.05",
-    "--ltp.target-compression=None",
-    "--ltp.penalty=20",
-    "--ltp.learn=0.5",
-    "--ltp.reach=1.5",
 ]
+TO_PENALTY = ["--ltp.penalty=20", "--ltp.learn=0.5", "--ltp.reach=1.5"]
 
 
 def test_one_and_eight_devices_agree(finished, tmp_path):
     # To a target: where a penalty begins, Adam follows the sign of gradients that are next to nothing, and rounding
     # alone decides how far a threshold goes.
-    target = ["--ltp.penalty=None", "--ltp.target-compression=8", "--train.learning-rate=0.02"]
+    target = ["--ltp.target-compression=8", "--train.learning-rate=0.02"]
     words = [*TINY, "--dense", finished / "dense", *target]
     trails = []
     for devices in (1, 8):
@@ -364,8 +400,9 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
         "sys.argv = ['digits', *sys.argv[1:]];"
         "runpy.run_module('experiments.digits', run_name='__main__', alter_sys=True)"
     )
+    words = [*TINY, *TO_PENALTY]
     done = subprocess.run(
-        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--dense", finished / "dense", *TINY],
+        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--dense", finished / "dense", *words],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -376,7 +413,7 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
     assert sum(line.startswith("error: cannot write to") for line in done.stderr.splitlines()) == 1
     assert "what was saved before is whole" in done.stderr
     # With room again, the same command goes on to the end.
-    again = command("--workdir", tmp_path / "run", "--dense", finished / "dense", *TINY)
+    again = command("--workdir", tmp_path / "run", "--dense", finished / "dense", *words)
     assert again.returncode == 0, again.stderr
     assert Trail(tmp_path / "run").epochs == (0, 1, 2)
 

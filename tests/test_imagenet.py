@@ -280,6 +280,7 @@ def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
         (["--dry-run", "--arch=alexnet", "--image-size=62"], "--image-size is 62; accepted is at least 63 for alexnet"),
         (["--pretrained=w", "--max-unreadable=-1"], "--max-unreadable is -1; accepted is 0 or more"),
         (["--dry-run", "--dry-run-timeout=0"], "--dry-run-timeout is 0.0; accepted is more than 0"),
+        (["--dry-run", "--dry-run-timeout=inf"], "--dry-run-timeout is inf; accepted is more than 0, and finite"),
         (["--pretrained=w", "--workers=-1"], "--workers is -1"),
         (
             ["--pretrained=w", "--ltp.target-compression=0.5"],

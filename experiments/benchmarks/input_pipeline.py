@@ -34,7 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.data import DataError, photographs
+from experiments.config import ConfigError
+from experiments.console import run_command
+from experiments.data import photographs
 from experiments.data.tfds_source import Example, open_split
 
 RESULTS = Path(__file__).parents[1] / "results" / "input_pipeline.json"
@@ -64,21 +66,31 @@ class Options:
     out: Path = RESULTS
     """Where the raw results go."""
 
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        for name in ("images", "image_size", "batch_size", "batches", "turns"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; accepted is at least 1")
+        for quality in self.qualities:
+            if not 1 <= quality <= 100:
+                raise ConfigError(f"--qualities has {quality}; accepted are 1 to 100")
+        for workers in self.workers:
+            if workers < 0:
+                raise ConfigError(f"--workers has {workers}; accepted are 0 or more")
+
 
 def main() -> None:
     """Measures, prints a table, writes the raw results."""
-    options = tyro.cli(Options, description=__doc__)
+    options = tyro.cli(Options, prog="python -m experiments.benchmarks.input_pipeline", description=__doc__)
+    options.check()
     console = Console()
     if not _has_tensorflow():
         console.print("TensorFlow is not installed, so there is nothing to compare with: the loader is measured alone.")
     # Where things lie on this machine is nobody else's business.
     settings = {key: value for key, value in asdict(options).items() if key not in ("data_dir", "out")}
     results: dict[str, Any] = {"options": settings, "machine": _machine()}
-    try:
-        stored = open_split(options.dataset, options.data_dir, "train")
-        stored = stored.read(range(min(options.images, len(stored))))
-    except DataError as error:
-        raise SystemExit(str(error)) from None
+    stored = open_split(options.dataset, options.data_dir, "train")
+    stored = stored.read(range(min(options.images, len(stored))))
     sets = {f"{options.dataset}, as stored": stored}
     for quality in options.qualities:
         sets[f"{options.dataset}, enlarged to 500×375, JPEG quality {quality}"] = [
@@ -259,4 +271,4 @@ def _machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,6 +9,7 @@ Results are added to `experiments/results/lean_step_compile.json` and `lean_step
 
 import dataclasses
 import json
+import math
 import platform
 import statistics
 import time
@@ -23,7 +24,7 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import LtpConfig, TrainConfig
+from experiments.config import ConfigError, LtpConfig, TrainConfig
 from experiments.console import run_command
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
@@ -49,6 +50,17 @@ class Compile:
     timeout: float = 7200.0
     """Seconds that a compilation may take."""
 
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        for arch in self.arch:
+            _check_arch(arch)
+        for method in self.methods:
+            if method not in METHODS:
+                raise ConfigError(f"--methods has {method}; accepted are {', '.join(METHODS)}")
+        _check_at_least(1, "--images-per-chip", self.images_per_chip)
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--timeout is {self.timeout}; accepted is more than 0, and finite")
+
 
 @dataclasses.dataclass(frozen=True)
 class Time:
@@ -62,6 +74,28 @@ class Time:
     """Images a step."""
     steps: int = 30
     """Steps of each kind that are timed, after three that are not."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        _check_arch(self.arch)
+        if self.image_size is not None:
+            _check_at_least(models.spec(self.arch).min_size, "--image-size", self.image_size)
+        _check_at_least(1, "--batch-size", self.batch_size)
+        if self.batch_size % jax.device_count():
+            raise ConfigError(
+                f"--batch-size is {self.batch_size}; accepted are multiples of the {jax.device_count()} devices"
+            )
+        _check_at_least(1, "--steps", self.steps)
+
+
+def _check_arch(arch: str) -> None:
+    if arch not in models.names():
+        raise ConfigError(f"--arch is {arch}; accepted are {', '.join(models.names())}")
+
+
+def _check_at_least(least: int, flag: str, value: int) -> None:
+    if value < least:
+        raise ConfigError(f"{flag} is {value}; accepted is at least {least}")
 
 
 def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, slice_name: str) -> Step:
@@ -216,8 +250,10 @@ def _cores() -> int:
 def main() -> None:
     options = tyro.cli(
         Annotated[Compile, tyro.conf.subcommand("compile")] | Annotated[Time, tyro.conf.subcommand("time")],
+        prog="python -m experiments.benchmarks.lean_step",
         description=__doc__,
     )
+    options.check()
     run_compile(options) if isinstance(options, Compile) else run_time(options)
 
 

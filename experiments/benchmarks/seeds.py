@@ -1,11 +1,12 @@
 """Runs an experiment with several seeds and keeps the figures of their trails.
 
 python -m experiments.benchmarks.seeds
-python -m experiments.benchmarks.seeds --experiment fashion_mnist --options --data-dir /data/tfds
+python -m experiments.benchmarks.seeds --experiment=fashion_mnist --options=--data-dir=/data/tfds
 """
 
 import dataclasses
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from typing import Literal
 
 import tyro
 
+from experiments.config import ConfigError
 from experiments.console import RunError, run_command
 from ltp_jax.trail import Trail, TrailError
+
+PROG = "python -m experiments.benchmarks.seeds"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,15 +33,21 @@ class Seeds:
     workdir: Path = Path("runs/seeds")
     """Where the runs write; a finished one is not run again."""
     out: Path | None = None
-    """The JSON file to write; experiments/results/EXPERIMENT.json if nothing is said."""
+    """The JSON file to write; EXPERIMENT.json in --workdir if nothing is said."""
     max_top1_drop: float = 1.0
     """The entry of each trail that is told of: the sparsest at most so many points below its dense network."""
     options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A word for the experiment's own command line; may be given several times."""
+    """A word for the experiment's own command line, as in --options=--ltp.leak=0; may be given several times."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        if not self.seeds:
+            raise ConfigError("--seeds is empty; accepted is at least one")
 
 
 def main() -> None:
-    config = tyro.cli(Seeds, description=__doc__)
+    config = tyro.cli(Seeds, prog=PROG, description=__doc__)
+    config.check()
     runs = []
     for seed in config.seeds:
         workdir = config.workdir / f"{config.experiment}-{seed}"
@@ -58,12 +68,12 @@ def main() -> None:
             "drop": dense.top1 - entry.top1,
         }
         runs[-1]["largest_gap"] = max(abs(e.gap) for e in trail.entries)
-    command = f"python -m experiments.benchmarks.seeds --experiment {config.experiment}"
     picked = [run["picked"] for run in runs]
     mean = {name: statistics.mean(p[name] for p in picked) for name in ("compression", "top1", "drop")} | {
         "largest_gap": max(run["largest_gap"] for run in runs)
     }
-    out = config.out or Path("experiments/results") / f"{config.experiment}.json"
+    out = config.out or config.workdir / f"{config.experiment}.json"
+    command = " ".join([PROG, *map(shlex.quote, sys.argv[1:])])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"command": command, "mean": mean, "runs": runs}, indent=1) + "\n")
     for run, p in zip(runs, picked, strict=True):

@@ -1,5 +1,7 @@
 """Uses of weights, against convolutions counted by hand."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,16 @@ class Net(nn.Module):
         x = nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, name="grouped")(x)  # 3×3 → 2×2
         shared = nn.Dense(4, name="shared")
         return nn.Dense(5, name="head")(shared(shared(x)).mean((1, 2)))
+
+
+class Inside(nn.Module):
+    """A layer alone, called as networks are."""
+
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x, train):
+        return self.layer(x)
 
 
 def plan_of(module, shape):
@@ -44,6 +56,51 @@ def test_multiply_accumulates_of_known_networks():
         plan, images = plan_of(module, shape)
         uses = uses_per_input(module, images, plan, train=False)
         assert sum(uses[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune) == macs
+
+
+def test_uses_of_projections_to_several_axes():
+    """Attention projects 16 positions of 12 features to 4 heads of 3 and back."""
+    attention = Inside(nn.MultiHeadDotProductAttention(4))
+    plan, images = plan_of(attention, (2, 16, 12))
+    uses = uses_per_input(attention, images, plan, train=False)
+    assert uses == {f"layer/{name}/kernel": 16 for name in ("query", "key", "value", "out")}
+    heads = Inside(nn.DenseGeneral((4, 3)))
+    plan, images = plan_of(heads, (2, 12))
+    assert uses_per_input(heads, images, plan, train=False) == {"layer/kernel": 1}
+
+
+SHARED = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.ConvTranspose(4, (2, 2), strides=(2, 2)), (2, 4, 4, 3)),
+        (nn.ConvLocal(4, (2, 2)), (2, 4, 4, 3)),
+        (nn.Einsum((4, 3), "bij,ij->bij"), (2, 4, 3)),
+        (nn.DenseGeneral(3, batch_dims=(0,)), (2, 4, 3)),
+        (nn.Conv(4, (2, 2)), (5, 4, 3)),  # no batch: the first axis is a spatial one
+        (nn.vmap(nn.Dense, **SHARED)(3), (2, 5, 3)),
+        (nn.RNN(nn.SimpleCell(5)), (2, 7, 3)),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else type(value).__name__,
+)
+def test_what_cannot_be_counted_for_certain_is_refused(layer, shape):
+    plan, images = plan_of(Inside(layer), shape)
+    with pytest.raises(ValueError, match=r"kernel are not known.*give their costs yourself"):
+        uses_per_input(Inside(layer), images, plan, train=False)
+
+
+def test_one_call_that_cannot_be_counted_leaves_the_sum_unknown():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            shared = nn.Conv(3, (2, 2))
+            return shared(x) + shared(x[0])
+
+    plan, images = plan_of(Twice(), (2, 4, 4, 3))
+    with pytest.raises(ValueError, match="kernel are not known"):
+        uses_per_input(Twice(), images, plan, train=False)
 
 
 def test_a_tensor_whose_uses_cannot_be_counted_is_named():

@@ -1,0 +1,87 @@
+"""The benchmarks' command lines and what they write; what they measure is not repeated here."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tyro
+
+from experiments.benchmarks import input_pipeline, lean_step, seeds
+from experiments.config import ConfigError
+from ltp_jax.trail import Entry
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words", "message"),
+    [
+        (lean_step, ["time", "--arch=foo"], "^--arch is foo; accepted are digits, lenet_300_100, "),
+        (lean_step, ["time", "--steps=0"], "^--steps is 0; accepted is at least 1"),
+        (lean_step, ["time", "--batch-size=0"], "^--batch-size is 0; accepted is at least 1"),
+        (lean_step, ["time", "--arch=alexnet", "--image-size=62"], "^--image-size is 62; accepted is at least 63"),
+        (lean_step, ["compile", "--arch", "resnet50", "foo"], "^--arch is foo; accepted are digits, lenet_300_100, "),
+        (lean_step, ["compile", "--methods", "foo"], "^--methods has foo; accepted are dense, penalty, target"),
+        (lean_step, ["compile", "--images-per-chip=0"], "^--images-per-chip is 0; accepted is at least 1"),
+        (lean_step, ["compile", "--timeout=inf"], "^--timeout is inf; accepted is more than 0, and finite"),
+        (seeds, ["--seeds"], "^--seeds is empty; accepted is at least one"),
+        (input_pipeline, ["--turns=0"], "^--turns is 0; accepted is at least 1"),
+        (input_pipeline, ["--qualities", "90", "101"], "^--qualities has 101; accepted are 1 to 100"),
+        (input_pipeline, ["--workers", "-1"], "^--workers has -1; accepted are 0 or more"),
+    ],
+)
+def test_impossible_options_are_one_message(benchmark, words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    with pytest.raises(ConfigError, match=message):
+        benchmark.main()
+
+
+@pytest.mark.parametrize("benchmark", [input_pipeline, lean_step, seeds])
+def test_help_names_the_command(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert capsys.readouterr().out.startswith(f"usage: python -m {benchmark.__name__} ")
+
+
+def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_path, monkeypatch):
+    entry = Entry(0, 0, 1.0, 1.0, {}, {}, top1=50.0, top5=99.0, loss=1.0, soft_top1=50.0, soft_top5=99.0, soft_loss=1.0)
+
+    class Trail:
+        entries = (dense,) = (entry,)
+
+        def __init__(self, path):
+            assert path == tmp_path / "my runs" / "digits-3"
+
+        def pick(self, max_top1_drop):
+            return entry
+
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(seeds, "Trail", Trail)
+    monkeypatch.setattr(subprocess, "run", run)
+    words = [
+        "--seeds",
+        "3",
+        "--workdir",
+        str(tmp_path / "my runs"),
+        "--options=--ltp.leak=0",
+        "--options=--tensorboard",
+    ]
+    monkeypatch.setattr(sys, "argv", ["seeds.py", *words])
+    seeds.main()
+    written = json.loads((tmp_path / "my runs" / "digits.json").read_text())
+    assert written["mean"]["top1"] == 50.0
+    assert shlex.split(written["command"]) == ["python", "-m", "experiments.benchmarks.seeds", *words]
+    assert commands[0][-2:] == ["--ltp.leak=0", "--tensorboard"]
+
+
+def test_the_example_of_seeds_can_be_typed():
+    example = (seeds.__doc__ or "").splitlines()[-1]
+    assert example.startswith(f"{seeds.PROG} ")
+    options = tyro.cli(seeds.Seeds, args=shlex.split(example.removeprefix(seeds.PROG)))
+    assert options.options == ("--data-dir=/data/tfds",)
