@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 import ltp_jax as ltp
 from experiments.ablation_variants import VARIANTS, Job, Variant
-from experiments.compare import HELD_OUT, NETWORKS
-from experiments.compare_report import read_cells, spread, write_cell
+from experiments.compare import HELD_OUT, NETWORKS, check_seeds
+from experiments.compare_report import read_cell, read_cells, spread, write_cell
 from experiments.config import ConfigError, TrainConfig
 from experiments.console import run_command
 from experiments.harness import Harness, Network, Run, hold_out
@@ -29,6 +29,9 @@ from experiments.run import kernel_decay, weights_optimizer
 from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"
+EPOCHS = 10
+KEYS = ("variant", "seed", "compression", "top1", "epochs")
+"""What a run of the ablation tells."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,12 @@ class AblationConfig:
     pictures: Path = Path("docs")
     """Where the picture of a report goes."""
 
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is impossible."""
+        if unknown := [variant for variant in self.variants if variant not in VARIANTS]:
+            raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
+        check_seeds("--seeds", self.seeds)
+
 
 def file_name(variant: str, seed: int) -> str:
     """The file of a run."""
@@ -59,7 +68,7 @@ def file_name(variant: str, seed: int) -> str:
 def prepare(harness: Harness, variant: Variant, network: Network) -> tuple[Run, Pruner]:
     """A variant's training and pruner, for a dense network."""
     train = TrainConfig(
-        epochs=10,
+        epochs=EPOCHS,
         batch_size=128,
         learning_rate=variant.learning_rate,
         weight_decay=variant.weight_decay,
@@ -107,11 +116,11 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         found = [cell for cell in cells if cell["variant"] == variant]
         if found:
             reached = sorted({f"{cell['compression']:.1f}×" for cell in found})
-            gaps = [[row["soft_top1"] - row["top1"] for row in cell["epochs"]] for cell in found if cell["soft_top1"]]
-            last = f"{statistics.fmean(gap[-1] for gap in gaps):+.2f}" if gaps else "–"
-            largest = f"{max((g for gap in gaps for g in gap), key=abs):+.2f}" if gaps else "–"
+            gaps = [[row["soft_top1"] - row["top1"] for row in cell["epochs"]] for cell in found]
+            last = statistics.fmean(gap[-1] for gap in gaps)
+            largest = max((g for gap in gaps for g in gap), key=abs)
             top1 = spread([cell["top1"] for cell in found])
-            lines.append(f"| {variant} | {len(found)} | {', '.join(reached)} | {top1} | {last} | {largest} |")
+            lines.append(f"| {variant} | {len(found)} | {', '.join(reached)} | {top1} | {last:+.2f} | {largest:+.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -153,9 +162,10 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(AblationConfig, description=__doc__)
+    config = tyro.cli(AblationConfig, prog="python -m experiments.ablation", description=__doc__)
+    config.check()
     if config.command == "report":
-        cells = read_cells(config.results)
+        cells = read_cells(config.results, KEYS)
         if not cells:
             raise ConfigError(f"there are no runs in {config.results}: python -m experiments.ablation run")
         (config.results / "table.md").write_text(markdown(cells))
@@ -163,12 +173,14 @@ def main() -> None:
         draw_claims(cells, config.pictures / "ablation_claims.png")
         print(config.pictures / "ablation_claims.png")
         return
-    if unknown := [variant for variant in config.variants if variant not in VARIANTS]:
-        raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
+
+    def is_there(path: Path) -> bool:
+        return path.exists() and len(read_cell(path, KEYS)["epochs"]) == EPOCHS
+
     setup = NETWORKS[ARCH]
     harness = Harness(hold_out(setup.load(config.data_dir), HELD_OUT), ARCH, config.workdir, setup.pretrain)
     for variant in config.variants or VARIANTS:
-        missing = [seed for seed in config.seeds if not (config.results / file_name(variant, seed)).exists()]
+        missing = [seed for seed in config.seeds if not is_there(config.results / file_name(variant, seed))]
         for seed in missing:
             network = harness.dense_network(seed)
             run, pruner = prepare(harness, VARIANTS[variant], network)

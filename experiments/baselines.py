@@ -29,8 +29,12 @@ def one_shot_magnitude(plan: Plan, density: float) -> Pruner:
 
     Args:
       plan: which tensors are pruned.
-      density: share of the weights that is left.
+      density: share of the weights that is left, in (0, 1].
+
+    Raises:
+      ValueError: if the density is out of range, or the plan prunes nothing.
     """
+    _check(plan, density)
     return _masked(plan, lambda weights: global_masks(weights, jnp.float32(density)))
 
 
@@ -44,11 +48,17 @@ def gradual_magnitude(
 
     Args:
       plan: which tensors are pruned.
-      density: ``1 − s_f``.
-      prune_steps: the step of the last change of the masks, a multiple of ``every`` or rounded down to one.
-      every: steps between two changes of the masks.
+      density: ``1 − s_f``, in (0, 1].
+      prune_steps: the step of the last change of the masks, a multiple of ``every`` or rounded down to one; at least 1.
+      every: steps between two changes of the masks, at least 1.
       uniform: prune every tensor to the same sparsity, as the paper does; otherwise compare the weights of all.
+
+    Raises:
+      ValueError: if the density or the steps are out of range, or the plan prunes nothing.
     """
+    _check(plan, density)
+    if prune_steps < 1 or every < 1:
+        raise ValueError(f"prune_steps is {prune_steps}, every is {every}; accepted is at least 1")
     every = min(every, prune_steps)
     last = prune_steps // every * every
     planned = cubic_density(density, last)
@@ -134,7 +144,11 @@ def soft_threshold_reparameterization(plan: Plan, optimizer: optax.GradientTrans
       plan: which tensors are pruned.
       optimizer: of ``s``, with the weight decay and learning rate of the weights' own.
       initial: the first value of every ``s``.
+
+    Raises:
+      ValueError: if the plan prunes nothing.
     """
+    _check(plan)
 
     def prune(params: Params, s: Scalars) -> Params:
         def visit(path: str, w: jax.Array) -> jax.Array:
@@ -159,6 +173,13 @@ def soft_threshold_reparameterization(plan: Plan, optimizer: optax.GradientTrans
         update=update,
         harden=lambda params, state: prune(params, state.thresholds),
     )
+
+
+def _check(plan: Plan, density: float = 1.0) -> None:
+    if not plan.paths:
+        raise ValueError("the plan prunes no tensor")
+    if not 0 < density <= 1:
+        raise ValueError(f"the density is {density}; accepted is more than 0, at most 1")
 
 
 def _map(params: Params, visit: Callable[[str, jax.Array], jax.Array]) -> Params:

@@ -1,13 +1,14 @@
 """Compares pruning methods on the same network, trained weights, epochs and batches, each with tuned settings.
 
-python -m experiments.compare tune    # nine settings of every method, judged on held-out training images
+python -m experiments.compare tune    # fifteen settings of every method, judged on held-out training images
 python -m experiments.compare run     # method × compression × seed, each a file; goes on where it stopped
 python -m experiments.compare report  # the table and the pictures of what is there
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,8 @@ from ltp_jax.pruner import Pruner, dense
 from ltp_jax.target import target_density
 
 HELD_OUT = 10_000  # training images that settings are judged on
+TRIALS = 15  # settings that every method has
+PRODUCTS = (1.2e-4, 2e-4, 3e-4)  # of STR's rate and decay in ten epochs
 
 
 class Setup(NamedTuple):
@@ -107,20 +110,22 @@ class CompareConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        for option, values in (
-            ("--methods", self.methods),
-            ("--seeds", self.seeds),
-            ("--tuning-seeds", self.tuning_seeds),
-        ):
-            if not values:
-                raise ConfigError(f"{option} is empty; accepted is one or more")
+        if not self.methods:
+            raise ConfigError("--methods is empty; accepted is one or more")
         for compression in self.compressions:
-            if not compression > 1:
-                raise ConfigError(f"--compressions has {compression:g}; accepted is more than 1")
-        for option, seeds in (("--seeds", self.seeds), ("--tuning-seeds", self.tuning_seeds)):
-            for seed in seeds:
-                if not 0 <= seed < 2**32:
-                    raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
+            if not 1 < compression < math.inf:
+                raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
+        check_seeds("--seeds", self.seeds)
+        check_seeds("--tuning-seeds", self.tuning_seeds)
+
+
+def check_seeds(option: str, seeds: Sequence[int]) -> None:
+    """Raises ConfigError if there are none, or one of them is impossible."""
+    if not seeds:
+        raise ConfigError(f"{option} is empty; accepted is one or more")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +150,7 @@ class Trial:
 
 
 def trials(method: str, train: TrainConfig) -> list[Trial]:
-    """The settings that a method may choose from: nine each, around the network's own rate and weight decay."""
+    """The first nine settings of a method, around the network's own rate and weight decay."""
     rate = train.learning_rate
     decays = (0.0, 1e-3, 2e-3)  # zero is that of the network
     match method:
@@ -160,13 +165,53 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
             return [
                 Trial(learning_rate=f * 0.1, initial=-5.0, weight_decay=product * (10 / train.epochs) / (f * 0.1))
                 for f in (0.2, 0.5, 1)
-                for product in (1.2e-4, 2e-4, 3e-4)
+                for product in PRODUCTS
             ]
         case "ltp" | "ltp_no_leak":
             leak = 0.1 if method == "ltp" else 0.0  # the default, and eq. 14
             return [
                 Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), leak=leak, weight_decay=decay)
                 for decay in decays
+                for share in (0.4, 0.6, 0.8)
+            ]
+    raise ValueError(method)
+
+
+def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
+    """Six more, from the best of the nine: at rates farther from the network's own, or other first values of ``s``.
+
+    Args:
+      method: the method.
+      train: the network's own training.
+      best: as ``chosen`` finds it.
+    """
+    rate = train.learning_rate
+    match method:
+        case "dense" | "one_shot":
+            return [
+                dataclasses.replace(best, learning_rate=f * rate, weight_decay=decay)
+                for decay in (0.0, 1e-3, 2e-3)
+                for f in (0.25, 4)
+            ]
+        case "gmp_uniform" | "gmp_global":
+            return [
+                dataclasses.replace(best, learning_rate=f * rate, prune=share)
+                for f in (0.5, 2)
+                for share in (0.2, 0.5, 0.8)
+            ]
+        case "str":
+            # The farther from zero s begins, the more decay it takes to prune as much.
+            return [
+                dataclasses.replace(
+                    best, initial=initial, weight_decay=product * factor * (10 / train.epochs) / best.learning_rate
+                )
+                for initial, factor in ((-4.0, 0.58), (-8.0, 1.9))
+                for product in PRODUCTS
+            ]
+        case "ltp" | "ltp_no_leak":
+            return [
+                dataclasses.replace(best, learning_rate=f * rate, prune=share, select=max(0.75, share + 0.1))
+                for f in (0.5, 2)
                 for share in (0.4, 0.6, 0.8)
             ]
     raise ValueError(method)
@@ -221,15 +266,12 @@ def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any],
 
 
 def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compression: float, trial: Trial) -> None:
-    """Runs those of the cells, given as file and seed, that are not on disk, or are there with another setting."""
-
-    def is_there(path: Path) -> bool:
-        return path.exists() and Trial(**compare_report.read_cell(path)["trial"]) == trial
-
-    missing = [(path, seed) for path, seed in cells if not is_there(path)]
+    """Runs those of the cells, given as file and seed, that ``stored`` does not find."""
+    train = NETWORKS[harness.arch].train
+    missing = [(path, seed) for path, seed in cells if stored(path, trial, train) is None]
     if not missing:
         return
-    train = dataclasses.replace(NETWORKS[harness.arch].train, learning_rate=trial.learning_rate)
+    train = dataclasses.replace(train, learning_rate=trial.learning_rate)
     if trial.weight_decay:
         train = dataclasses.replace(train, weight_decay=trial.weight_decay)
     try:
@@ -252,13 +294,28 @@ def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compr
         print(f"{path.stem}: {figures['achieved']:.2f}× at {figures['top1']:.2f} %", flush=True)
 
 
+def stored(path: Path, trial: Trial, train: TrainConfig) -> Cell | None:
+    """The run of a file; None if there is none, or one with another setting or of another number of epochs."""
+    cell = compare_report.read_cell(path) if path.exists() else None
+    if cell is None or Trial(**cell["trial"]) != trial or cell["epochs_trained"] != train.epochs:
+        return None
+    return cell
+
+
 def tune(config: CompareConfig, harness: Harness) -> None:
     """Runs every setting of every method at one compression on the held-out training images."""
     setup = NETWORKS[config.arch]
-    for method in config.methods:
-        for i, trial in enumerate(trials(method, setup.train)):
-            cells = [(tuning_file(config, config.arch, method, i, seed), seed) for seed in config.tuning_seeds]
+
+    def run(method: str, settings: Sequence[Trial]) -> None:
+        for place, trial in enumerate(settings):
+            cells = [(tuning_file(config, config.arch, method, place, seed), seed) for seed in config.tuning_seeds]
             fill(harness, cells, method, setup.tuning_compression, trial)
+
+    for method in config.methods:
+        nine = trials(method, setup.train)
+        run(method, nine)
+        best = chosen(method, tuned_with(config, config.arch, method, nine), setup.tuning_compression)
+        run(method, nine + further_trials(method, setup.train, best))
 
 
 def tuning_file(config: CompareConfig, arch: str, method: str, place: int, seed: int) -> Path:
@@ -267,11 +324,22 @@ def tuning_file(config: CompareConfig, arch: str, method: str, place: int, seed:
     return folder / f"{method}_trial{place}_{seed}.json"
 
 
+def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable[Trial]) -> list[Cell]:
+    """The runs of tuning, with its seeds, that are there of the settings at the first places of a method's list."""
+    files = [
+        (tuning_file(config, arch, method, place, seed), trial)
+        for place, trial in enumerate(settings)
+        for seed in config.tuning_seeds
+    ]
+    found = (stored(path, trial, NETWORKS[arch].train) for path, trial in files)
+    return [cell for cell in found if cell is not None]
+
+
 def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
     """The setting that did best in tuning, at the compression of that.
 
-    STR has no target: its settings are learning rates with several decays each. The rate is chosen that does best at
-    the compression of tuning, between the decays; the decay is that of ``decay_for`` then.
+    STR has no target: its settings are learning rates and first values of ``s``, with several decays each. Those two
+    are chosen that do best at the compression of tuning, between the decays; the decay is that of ``decay_for`` then.
     """
     groups: dict[Trial, list[Cell]] = {}
     for cell in compare_report.select(tuned, method=method):
@@ -279,10 +347,9 @@ def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
         groups.setdefault(trial, []).append(cell)
 
     def top1(trial: Trial) -> float:
-        group = groups[trial]
         if method == "str":
-            return at(compression, [(cell["achieved"], cell["top1"]) for cell in group])
-        return sum(cell["top1"] for cell in group) / len(group)
+            return at(compression, [(mean.achieved, mean.top1) for mean in by_decay(groups[trial])])
+        return statistics.fmean(cell["top1"] for cell in groups[trial])
 
     return max(groups, key=top1)
 
@@ -290,25 +357,37 @@ def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
 def tuning(config: CompareConfig) -> list[Cell]:
     """The runs of tuning. Those of another network are given the settings of the same place in this network's list.
 
+    That list goes on behind its ninth place from the setting that is at the place of the other network's best.
+
     Raises:
       ConfigError: if a setting of one of the methods was not tried with every seed of tuning.
     """
     source = config.settings_of or config.arch
-    theirs, ours = NETWORKS[source].train, NETWORKS[config.arch].train
-    cells, missing = [], []
+    theirs, ours = NETWORKS[source], NETWORKS[config.arch]
+    every = TRIALS * len(config.tuning_seeds)
+    cells, missing = [], {}
     for method in config.methods:
-        for i, (tried, trial) in enumerate(zip(trials(method, theirs), trials(method, ours), strict=True)):
-            for path in (tuning_file(config, source, method, i, seed) for seed in config.tuning_seeds):
-                cell = compare_report.read_cell(path) if path.exists() else None
-                if cell is None or Trial(**cell["trial"]) != tried:
-                    missing.append(method)
-                else:
-                    cells.append(cell | {"trial": dataclasses.asdict(trial)})
+        settings = dict(zip(trials(method, theirs.train), trials(method, ours.train), strict=True))
+        found = tuned_with(config, source, method, settings)
+        if len(found) == len(settings) * len(config.tuning_seeds):
+            best = chosen(method, found, theirs.tuning_compression)
+            own_best = chosen(method, with_settings(found, settings), theirs.tuning_compression)
+            further = further_trials(method, theirs.train, best), further_trials(method, ours.train, own_best)
+            settings |= zip(*further, strict=True)
+            found = tuned_with(config, source, method, settings)
+        if len(found) < every:
+            missing[method] = every - len(found)
+        cells += with_settings(found, settings)
     if missing:
-        methods, seeds = " ".join(dict.fromkeys(missing)), " ".join(map(str, config.tuning_seeds))
+        methods, seeds = " ".join(missing), " ".join(map(str, config.tuning_seeds))
         command = f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds}"
-        raise ConfigError(f"{len(missing)} runs of the tuning on {source} are missing: {command}")
+        raise ConfigError(f"{sum(missing.values())} runs of the tuning on {source} are missing: {command}")
     return cells
+
+
+def with_settings(cells: Iterable[Cell], settings: Mapping[Trial, Trial]) -> list[Cell]:
+    """The runs as if they had had other settings, which are given by those that they had."""
+    return [cell | {"trial": dataclasses.asdict(settings[Trial(**cell["trial"])])} for cell in cells]
 
 
 def without_decay(cell: Cell) -> Trial:
@@ -316,12 +395,40 @@ def without_decay(cell: Cell) -> Trial:
     return dataclasses.replace(Trial(**cell["trial"]), weight_decay=0.0)
 
 
+class Mean(NamedTuple):
+    """What the seeds of a decay of STR had: the geometric mean of their compressions, and the mean top-1 in percent."""
+
+    weight_decay: float
+    achieved: float
+    top1: float
+
+
+def by_decay(cells: Iterable[Cell]) -> list[Mean]:
+    """The means over seeds of runs of STR that differ in decay and seed."""
+    groups: dict[float, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell["trial"]["weight_decay"], []).append(cell)
+    return [
+        Mean(
+            decay,
+            statistics.geometric_mean(cell["achieved"] for cell in group),
+            statistics.fmean(cell["top1"] for cell in group),
+        )
+        for decay, group in groups.items()
+    ]
+
+
+def differ(one: float, other: float) -> bool:
+    """Whether two compressions are far enough apart, by 2 %, for a line through their figures to have a slope."""
+    return abs(math.log(one / other)) > 0.02
+
+
 def at(compression: float, points: Sequence[tuple[float, float]]) -> float:
-    """A figure at a compression, from ``(compression, figure)`` of runs: on the line, in the logarithm of the
+    """A figure at a compression, from ``(compression, figure)`` of settings: on the line, in the logarithm of the
     compression, through the two nearest different ones."""
     nearest = sorted(points, key=lambda point: abs(math.log(point[0] / compression)))
     first = nearest[0]
-    second = next((point for point in nearest if abs(math.log(point[0] / first[0])) > 0.02), first)
+    second = next((point for point in nearest if differ(point[0], first[0])), first)
     if second is first:
         return first[1]
     share = math.log(compression / first[0]) / math.log(second[0] / first[0])
@@ -329,19 +436,20 @@ def at(compression: float, points: Sequence[tuple[float, float]]) -> float:
 
 
 def decay_for(compression: float, trial: Trial, own: Sequence[Cell], tuned: Sequence[Cell]) -> Trial:
-    """STR's setting with the decay that is to give a compression, by runs at the same rate.
+    """STR's setting with the decay that is to give a compression, by runs that differ from it in their decay.
 
     Args:
       compression: the one wanted.
       trial: the setting, of any decay.
-      own: runs of the network in the grid, which decide if two differ; one is the level, and tuning the slope.
+      own: runs of the network in the grid, the nearest to the compression first. They decide, if another one's
+        compression differs from that of the first; otherwise the first is the level, and tuning the slope.
       tuned: those of tuning, which had fewer training images or another network.
     """
 
     def log_decay(compression: float, cells: Sequence[Cell]) -> float:
-        return at(compression, [(cell["achieved"], math.log(cell["trial"]["weight_decay"])) for cell in cells])
+        return at(compression, [(mean.achieved, math.log(mean.weight_decay)) for mean in by_decay(cells)])
 
-    if len({cell["achieved"] for cell in own}) > 1:
+    if any(differ(cell["achieved"], own[0]["achieved"]) for cell in own):
         found = log_decay(compression, own)
     else:
         same = [cell for cell in tuned if without_decay(cell) == trial]
@@ -374,7 +482,7 @@ def search_decay(
     More training images than in tuning are more steps, which prune more. Accuracy has no say in it. Every try is kept
     in a folder beside ``path``, for the searches at other compressions too; the one that is chosen becomes ``path``.
     """
-    searched = path.parent / "str_search"
+    searched, epochs = path.parent / "str_search", NETWORKS[harness.arch].train.epochs
 
     def distance(cell: Cell) -> float:
         return abs(math.log(cell["achieved"] / compression))
@@ -382,6 +490,7 @@ def search_decay(
     while True:
         files = sorted([*path.parent.glob(f"str_*_{seed}.json"), *searched.glob(f"*_{seed}.json")])
         same = [cell for cell in map(compare_report.read_cell, files) if without_decay(cell) == trial]
+        same = compare_report.select(same, epochs_trained=epochs)
         tried = {cell["trial"]["weight_decay"]: cell for cell in same}
         own = sorted(tried.values(), key=distance)
         found = decay_for(compression, trial, own, tuned)
@@ -393,7 +502,7 @@ def search_decay(
 
 
 def main() -> None:
-    config = tyro.cli(CompareConfig, description=__doc__)
+    config = tyro.cli(CompareConfig, prog="python -m experiments.compare", description=__doc__)
     config.check()
     setup = NETWORKS[config.arch]
     if config.command == "report":

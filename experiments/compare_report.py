@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,22 @@ SIDE_BY_SIDE = (*OWN, "gmp_global", "str")
 
 Cell = dict[str, Any]
 
+KEYS = (
+    "network",
+    "dataset",
+    "method",
+    "compression",
+    "seed",
+    "trial",
+    "epochs_trained",
+    "achieved",
+    "top1",
+    "dense_top1",
+    "densities",
+    "epochs",
+)
+"""What a run of the comparison tells."""
+
 
 def write_cell(path: Path, cell: Cell) -> None:
     """Writes a run; the file is there as a whole or not at all."""
@@ -39,17 +56,24 @@ def write_cell(path: Path, cell: Cell) -> None:
     temporary.replace(path)
 
 
-def read_cell(path: Path) -> Cell:
-    """A run. Raises ConfigError if the file is no such thing."""
+def read_cell(path: Path, keys: Sequence[str] = KEYS) -> Cell:
+    """A run. Raises ConfigError if the file is no such thing, or lacks one of the keys."""
     try:
-        return dict(json.loads(path.read_text()))
+        cell = dict(json.loads(path.read_text()))
+        if lacking := [key for key in keys if key not in cell]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no record of a run ({error}); remove it, and it is run again") from error
+    return cell
 
 
-def read_cells(folder: Path) -> list[Cell]:
-    """All runs of a folder, by file name."""
-    return [read_cell(path) for path in sorted(folder.glob("*.json"))]
+def read_cells(folder: Path, keys: Sequence[str] = KEYS) -> list[Cell]:
+    """All runs of a folder, by file name, in which a number comes before a larger one."""
+
+    def parts(path: Path) -> list[str | int]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+    return [read_cell(path, keys) for path in sorted(folder.glob("*.json"), key=parts)]
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
@@ -159,8 +183,8 @@ def markdown(cells: Sequence[Cell]) -> str:
 def tuning_markdown(cells: Sequence[Cell]) -> str:
     """A row for every setting that was tried: mean ± standard deviation over seeds, and their number."""
     lines = [
-        "| method | learning rate | weight decay | pruned within | compression | top-1 % |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| method | learning rate | weight decay | pruned within | first s | compression | top-1 % |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for method in (*LABELS, "dense"):
         groups: dict[str, list[Cell]] = {}
@@ -169,11 +193,12 @@ def tuning_markdown(cells: Sequence[Cell]) -> str:
         for group in groups.values():
             trial = group[0]["trial"]
             prune = f"{100 * trial['prune']:g} %" if trial["prune"] else "–"
+            initial = f"{trial['initial']:g}" if trial["initial"] else "–"
             decay = f"{trial['weight_decay']:.3g}" if trial["weight_decay"] else "the network's"
             reached = statistics.geometric_mean([cell["achieved"] for cell in group])
             top1 = counted_spread([cell["top1"] for cell in group])
-            row = (LABELS.get(method, "dense"), f"{trial['learning_rate']:g}", decay, prune, f"{reached:.1f}×", top1)
-            lines.append(f"| {' | '.join(row)} |")
+            rate, label = f"{trial['learning_rate']:g}", LABELS.get(method, "dense")
+            lines.append(f"| {label} | {rate} | {decay} | {prune} | {initial} | {reached:.1f}× | {top1} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ over the steps of an epoch, XLA's convolutions on the CPU take 16 to 50 times as
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 
 import ltp_jax as ltp
-from experiments.config import TrainConfig
+from experiments.config import ConfigError, TrainConfig
 from experiments.data.in_memory import InMemoryDataset
 from experiments.run import check_network, weights_optimizer
 from ltp_jax import models
@@ -59,13 +60,46 @@ def hold_out(dataset: InMemoryDataset, size: int) -> InMemoryDataset:
     )
 
 
+def write_training(path: Path, train: TrainConfig) -> None:
+    """Writes how a network was trained to a file beside it; the file is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(train), indent=1) + "\n")
+    temporary.replace(path.with_suffix(".json"))
+
+
+def check_training(path: Path, train: TrainConfig) -> None:
+    """Raises ConfigError if a network was trained in another way. One without a record gets it."""
+    record = path.with_suffix(".json")
+    if not record.exists():
+        write_training(path, train)
+        return
+    try:
+        found = dict(json.loads(record.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{record} is no record of a training ({error}); remove it and {path}, and both are made again"
+        ) from error
+    wanted = dataclasses.asdict(train)
+    changed = [
+        f"{name} was {found.get(name, 'absent')}, is {wanted.get(name, 'absent')}"
+        for name in dict.fromkeys([*found, *wanted])
+        if found.get(name) != wanted.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path} was trained in another way: {'; '.join(changed)}. Remove it, and it is trained again, or choose "
+            "another --workdir"
+        )
+
+
 class Harness:
     """A dataset in memory and a network that learns it.
 
     Args:
       dataset: the data; training batches are its own stream, a function of seed and step alone.
       arch: the name of the network in ``ltp_jax.models``.
-      workdir: where dense networks are kept, one a seed.
+      workdir: where dense networks are kept, one a seed, each with a record of its training.
       pretrain: how they are trained.
     """
 
@@ -85,16 +119,32 @@ class Harness:
         return config.epochs * (self.dataset.train_size // config.batch_size)
 
     def dense_network(self, seed: int) -> Network:
-        """The trained network that every method starts from: trained once a seed, then read from disk."""
+        """The trained network that every method starts from: trained once a seed, then read from disk.
+
+        Raises:
+          ConfigError: if the one on disk was trained in another way, or it cannot be pruned: a tensor that did not
+            learn, or weights that are not finite.
+        """
         path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
         initial = self._initial_network(jax.random.key(seed))
-        if path.is_dir():
+        known = path.is_dir()
+        if known:
+            check_training(path, self.pretrain)
             network = restore_network(path)
             check_network(network, initial, path, self.arch)
-            return network
-        *_, state = self.compiled(dense(), self.pretrain)(initial, seed)
-        save_network(path, state.params, state.batch_stats)
-        return {"params": state.params, "batch_stats": state.batch_stats}
+        else:
+            *_, state = self.compiled(dense(), self.pretrain)(initial, seed)
+            network = {"params": state.params, "batch_stats": state.batch_stats}
+        try:
+            # In compiled code no one can look at values, and all figures of such a network would be no numbers.
+            ltp.init(network["params"], self.plan)
+        except ValueError as error:
+            remedy = f"remove {path}, and it is trained again" if known else "it has to be trained in another way"
+            raise ConfigError(f"the dense network of seed {seed} cannot be pruned: {error}; {remedy}") from error
+        if not known:
+            write_training(path, self.pretrain)
+            save_network(path, network["params"], network["batch_stats"])
+        return network
 
     def compiled(
         self,

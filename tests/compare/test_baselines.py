@@ -108,3 +108,30 @@ def test_str_is_pruned_by_weight_decay():
     pruner = baselines.soft_threshold_reparameterization(ltp.plan(params), optimizer, initial=-4.0)
     _, state = pruner.update({"kernel": jnp.float32(0)}, params, params, pruner.init(params), FIRST)
     assert float(state.thresholds["kernel"]) == pytest.approx(-4 + 0.5 * 0.1 * 4)
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.01, float("nan")])
+def test_densities_out_of_range_are_refused(density):
+    for make in (baselines.one_shot_magnitude, lambda *args: baselines.gradual_magnitude(*args, prune_steps=4)):
+        with pytest.raises(ValueError, match=f"the density is {density}; accepted is more than 0, at most 1"):
+            make(PLAN, density)
+        make(PLAN, 1.0)
+
+
+@pytest.mark.parametrize(("prune_steps", "every"), [(0, 2), (4, 0)])
+def test_a_schedule_without_steps_is_refused(prune_steps, every):
+    with pytest.raises(ValueError, match=f"prune_steps is {prune_steps}, every is {every}; accepted is at least 1"):
+        baselines.gradual_magnitude(PLAN, 0.5, prune_steps=prune_steps, every=every)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda plan: baselines.one_shot_magnitude(plan, 0.5),
+        lambda plan: baselines.gradual_magnitude(plan, 0.5, prune_steps=4),
+        lambda plan: baselines.soft_threshold_reparameterization(plan, optax.sgd(0.1), initial=-5.0),
+    ],
+)
+def test_a_plan_that_prunes_nothing_is_refused(make):
+    with pytest.raises(ValueError, match="the plan prunes no tensor"):
+        make(ltp.Plan(()))

@@ -3,14 +3,17 @@
 import dataclasses
 import itertools
 import json
+import shutil
+import sys
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import ltp_jax as ltp
-from experiments import ablation, ablation_variants, compare, compare_report
+from experiments import compare, compare_report
 from experiments import run as runs
 from experiments.config import ConfigError, LtpConfig, TrainConfig, parse
 from experiments.data import digits
@@ -19,8 +22,7 @@ from experiments.harness import Harness, hold_out
 from experiments.run import weights_optimizer
 from ltp_jax import models
 from ltp_jax.pruner import dense
-from ltp_jax.target import target_density
-from ltp_jax.trail import Trail
+from ltp_jax.trail import Trail, save_network
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
 TRAIN = TrainConfig(epochs=3, batch_size=128, learning_rate=0.05)
@@ -130,6 +132,48 @@ def test_the_dense_network_is_trained_once(harness):
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+def kept_network(tmp_path, harness, seed=0):
+    """A copy of the harness that finds the dense network of the other one, and the network's path."""
+    harness.dense_network(seed)
+    shutil.copytree(harness.workdir, tmp_path, dirs_exist_ok=True)
+    return Harness(harness.dataset, harness.arch, tmp_path, harness.pretrain), next(tmp_path.glob(f"*/dense_{seed}"))
+
+
+def test_a_dense_network_that_was_trained_in_another_way_is_refused(tmp_path, harness):
+    copy, path = kept_network(tmp_path, harness)
+    longer = dataclasses.replace(harness.pretrain, epochs=2, batch_size=64)
+    other = Harness(harness.dataset, "digits", tmp_path, longer)
+    with pytest.raises(ConfigError, match=r"dense_0 was .*: epochs was 1, is 2; batch_size was 128, is 64. Remove it"):
+        other.dense_network(0)
+    # One of before has no record: it is taken for what it should be, and is that from then on.
+    path.with_suffix(".json").unlink()
+    copy.dense_network(0)
+    with pytest.raises(ConfigError, match="epochs was 1, is 2"):
+        other.dense_network(0)
+    path.with_suffix(".json").write_text("[1")
+    with pytest.raises(ConfigError, match=r"dense_0.json is no record of a training .* remove it and .*dense_0,"):
+        copy.dense_network(0)
+
+
+@pytest.mark.parametrize(("weight", "said"), [(1.0, "a temperature of 0.0"), (np.nan, "a temperature of nan")])
+def test_a_dense_network_that_cannot_be_pruned_is_refused(tmp_path, harness, weight, said):
+    copy, path = kept_network(tmp_path, harness)
+    network = copy.dense_network(0)
+    kernel = next(iter(copy.plan.paths))
+    flat = {name: np.full_like(w, weight) if name == f"params/{kernel}" else w for name, w in ltp.named_leaves(network)}
+    broken = traverse_util.unflatten_dict(flat, sep="/")
+    save_network(path, broken["params"], broken["batch_stats"])
+    with pytest.raises(ConfigError, match=f"seed 0 cannot be pruned: {kernel} has {said}.*; remove .*dense_0, and it"):
+        copy.dense_network(0)
+
+
+def test_a_dense_network_that_diverged_is_refused_and_not_kept(tmp_path, harness):
+    wild = dataclasses.replace(harness.pretrain, learning_rate=1e30)
+    with pytest.raises(ConfigError, match=r"cannot be pruned: .* nan: .*; it has to be trained in another way"):
+        Harness(harness.dataset, "digits", tmp_path, wild).dense_network(0)
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_hold_out_takes_the_last_training_images():
     data = digits()
     held = hold_out(data, 100)
@@ -155,10 +199,18 @@ def test_cells_are_kept_and_not_run_again(tmp_path, harness, monkeypatch):
     compare.fill(harness, cells, "ltp", 8, other)
     again = json.loads(cells[0][0].read_text())
     assert (again["trial"], again["achieved"]) == (dataclasses.asdict(other), 7.0)
+    # And so it is after another number of epochs.
+    compare_report.write_cell(cells[0][0], cell)
+    longer = dataclasses.replace(TRAIN, epochs=4)
+    monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, longer))
+    compare.fill(harness, cells, "ltp", 8, trial)
+    assert json.loads(cells[0][0].read_text())["achieved"] == 7.0
 
 
 def tuned(method, trial, **figures):
-    return {"method": method, "trial": dataclasses.asdict(trial)} | figures
+    """A run of tuning: on LeNet-300-100, if nothing else is said."""
+    about = {"method": method, "trial": dataclasses.asdict(trial), "epochs_trained": 10}
+    return dict.fromkeys(compare_report.KEYS) | about | figures
 
 
 def test_tuning_chooses_the_best_mean():
@@ -167,26 +219,144 @@ def test_tuning_chooses_the_best_mean():
     assert compare.chosen("one_shot", cells, 32) == fast
 
 
-def test_settings_of_another_network_are_those_at_the_same_place(tmp_path):
-    theirs, ours = (compare.NETWORKS[arch].train for arch in ("lenet_300_100", "resnet20"))
-    config = compare.CompareConfig(
-        command="run", arch="resnet20", methods=("gmp_global",), settings_of="lenet_300_100", results=tmp_path
+METHODS = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_no_leak")
+TRAIN_5 = compare.NETWORKS["lenet5"].train
+
+
+@pytest.fixture
+def tune(monkeypatch, tmp_path):
+    """Tuning with runs that cost nothing: ``tune(top1, **options)`` with ``top1(place, trial)``; what it ran."""
+    ran = []
+
+    def fill(harness, cells, method, compression, trial):
+        for path, seed in cells:
+            place = int(path.name.split("trial")[1].split("_")[0])
+            if compare.stored(path, trial, compare.NETWORKS[harness.arch].train) is None:
+                ran.append((method, place, seed, trial))
+                epochs = compare.NETWORKS[harness.arch].train.epochs
+                figures = {"achieved": 1e4 * trial.weight_decay or 1.0, "top1": tune.top1(place, trial)}
+                compare_report.write_cell(path, tuned(method, trial, seed=seed, epochs_trained=epochs) | figures)
+
+    def tune(top1, **options):
+        tune.top1 = top1
+        config = compare.CompareConfig(command="tune", results=tmp_path, **options)
+        ran.clear()
+        compare.tune(config, types.SimpleNamespace(arch=config.arch))
+        return config, ran
+
+    monkeypatch.setattr(compare, "fill", fill)
+    return tune
+
+
+def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
+    nine = compare.trials("gmp_global", TRAIN_5)
+    options = {"arch": "lenet5", "methods": ("gmp_global",), "tuning_seeds": (3,)}
+    config, ran = tune(lambda place, trial: 90.0 if place == 5 else 80.0, **options)
+    assert [trial for *_, trial in ran[:9]] == nine
+    # The sixth has a decay of 1e-3. The rate of LeNet-5 is 0.02: half of it, and twice, with each share again.
+    assert ran[9:] == [
+        ("gmp_global", place, 3, compare.Trial(learning_rate=rate, prune=share, weight_decay=1e-3))
+        for place, (rate, share) in enumerate(itertools.product((0.01, 0.04), (0.2, 0.5, 0.8)), 9)
+    ]
+    assert tune(lambda *_: pytest.fail("was run again"), **options)[1] == []
+    # All of them may be chosen.
+    assert [cell["trial"] for cell in compare.tuning(config)] == [
+        dataclasses.asdict(trial) for trial in (*nine, *compare.further_trials("gmp_global", TRAIN_5, nine[5]))
+    ]
+    # If another of the nine is the best, the six are others.
+    compare_report.write_cell(
+        compare.tuning_file(config, "lenet5", "gmp_global", 0, 3),
+        tuned("gmp_global", nine[0], epochs_trained=5, top1=91.0),
     )
-    for place, trial in enumerate(compare.trials("gmp_global", theirs)):
-        for seed in config.tuning_seeds:
-            path = compare.tuning_file(config, "lenet_300_100", "gmp_global", place, seed)
-            compare_report.write_cell(path, tuned("gmp_global", trial, top1=90.0 if place == 7 else 80.0))
-    # The eighth of gradual magnitude pruning: half of the run, the largest decay, at the network's own rate of 0.05.
-    assert compare.trials("gmp_global", ours)[7] == compare.Trial(learning_rate=0.05, prune=0.5, weight_decay=2e-3)
-    assert compare.chosen("gmp_global", compare.tuning(config), 32) == compare.trials("gmp_global", ours)[7]
-    # Every setting has to have been tried, or methods would not be tuned alike.
-    path.unlink()
-    with pytest.raises(
-        ConfigError, match=r"1 runs .* tune --arch=lenet_300_100 --methods gmp_global --tuning-seeds 0 1"
-    ):
+    with pytest.raises(ConfigError, match="6 runs of the tuning on lenet5 are missing"):
         compare.tuning(config)
-    with pytest.raises(ConfigError, match=r"18 runs of the tuning on resnet20 are missing: .* tune --arch=resnet20"):
+    assert [place for _, place, _, _ in tune(lambda *_: 80.0, **options)[1]] == list(range(9, 15))
+
+
+def test_every_method_has_the_same_number_of_trials():
+    for setup in compare.NETWORKS.values():
+        for method in METHODS:
+            nine = compare.trials(method, setup.train)
+            for best in nine:
+                assert len({*nine, *compare.further_trials(method, setup.train, best)}) == compare.TRIALS == 15
+
+
+@pytest.mark.parametrize(
+    ("method", "best", "expected"),
+    [
+        # (rate, prune, select, initial, decay); the network's own rate is 0.02, and it has 5 epochs.
+        *(
+            (method, {}, [(rate, 0, 0, 0, decay) for decay in (0, 1e-3, 2e-3) for rate in (0.005, 0.08)])
+            for method in ("dense", "one_shot")
+        ),
+        *(
+            (method, {}, [(rate, share, 0, 0, 7e-3) for rate in (0.01, 0.04) for share in (0.2, 0.5, 0.8)])
+            for method in ("gmp_uniform", "gmp_global")
+        ),
+        *(
+            (
+                method,
+                {"leak": 0.1, "select": 0.75},
+                [(r, p, s, 0, 7e-3) for r in (0.01, 0.04) for p, s in ((0.4, 0.75), (0.6, 0.75), (0.8, 0.9))],
+            )
+            for method in ("ltp", "ltp_no_leak")
+        ),
+        (
+            "str",
+            {"initial": -5.0, "learning_rate": 0.05},
+            [(0.05, 0, 0, -4, 2 * 0.58 * p / 0.05) for p in (1.2e-4, 2e-4, 3e-4)]
+            + [(0.05, 0, 0, -8, 2 * 1.9 * p / 0.05) for p in (1.2e-4, 2e-4, 3e-4)],
+        ),
+    ],
+)
+def test_further_trials(method, best, expected):
+    best = compare.Trial(**({"learning_rate": 0.02, "weight_decay": 7e-3} | best))
+    found = compare.further_trials(method, TRAIN_5, best)
+    rows = [(t.learning_rate, t.prune, t.select, t.initial, t.weight_decay) for t in found]
+    np.testing.assert_allclose(rows, expected)
+    assert {t.leak for t in found} == {best.leak}
+
+
+def test_settings_of_another_network_are_those_at_the_same_place(tune):
+    ours = compare.NETWORKS["resnet20"].train
+    options = {"methods": ("gmp_global",)}
+    tune(lambda place, trial: {7: 90.0, 12: 89.0}.get(place, 80.0), **options)
+    config = dataclasses.replace(
+        tune(lambda *_: 0.0, **options)[0], command="run", arch="resnet20", settings_of="lenet_300_100"
+    )
+    # The eighth of gradual magnitude pruning: half of the run, the largest decay, at the network's own rate of 0.05.
+    eighth = compare.Trial(learning_rate=0.05, prune=0.5, weight_decay=2e-3)
+    assert compare.trials("gmp_global", ours)[7] == eighth
+    assert compare.chosen("gmp_global", compare.tuning(config), 32) == eighth
+    # The six behind the ninth have its decay; the first with the larger rate is the best of all now.
+    path = compare.tuning_file(config, "lenet_300_100", "gmp_global", 12, 0)
+    compare_report.write_cell(path, compare_report.read_cell(path) | {"top1": 95.0})
+    thirteenth = compare.Trial(learning_rate=0.1, prune=0.2, weight_decay=2e-3)
+    assert compare.chosen("gmp_global", compare.tuning(config), 32) == thirteenth
+    # Every setting has to have been tried, for as long, or methods would not be tuned alike.
+    compare_report.write_cell(path, compare_report.read_cell(path) | {"epochs_trained": 9})
+    message = r"1 runs .* tune --arch=lenet_300_100 --methods gmp_global --tuning-seeds 0 1"
+    with pytest.raises(ConfigError, match=message):
+        compare.tuning(config)
+    path.unlink()
+    with pytest.raises(ConfigError, match=message):
+        compare.tuning(config)
+    with pytest.raises(ConfigError, match=r"30 runs of the tuning on resnet20 are missing: .* tune --arch=resnet20"):
         compare.tuning(dataclasses.replace(config, settings_of=None))
+
+
+def test_settings_of_str_of_another_network(tune):
+    # At a rate of 0.05, and from s of −8, it is best. ResNet-20 has 3 epochs for 10: its decays are 10/3 as large.
+    def top1(place, trial):
+        return 50 + 10 * (trial.learning_rate == 0.05) + 10 * (trial.initial == -8.0)
+
+    config = dataclasses.replace(
+        tune(top1, methods=("str",))[0], command="run", arch="resnet20", settings_of="lenet_300_100"
+    )
+    cells = compare.tuning(config)
+    assert compare.chosen("str", cells, 32) == compare.Trial(learning_rate=0.05, initial=-8.0)
+    decays = {cell["trial"]["weight_decay"] for cell in cells if cell["trial"]["initial"] == -8.0}
+    assert sorted(decays) == pytest.approx([p * 1.9 * (10 / 3) / 0.05 for p in (1.2e-4, 2e-4, 3e-4)])
 
 
 @pytest.mark.parametrize(
@@ -194,13 +364,23 @@ def test_settings_of_another_network_are_those_at_the_same_place(tmp_path):
     [
         ({"seeds": ()}, "--seeds is empty"),
         ({"methods": ()}, "--methods is empty"),
-        ({"compressions": (0.5,)}, "--compressions has 0.5; accepted is more than 1"),
+        ({"compressions": (0.5,)}, "--compressions has 0.5; accepted is a finite number, more than 1"),
+        ({"compressions": (8, np.inf)}, "--compressions has inf; accepted is a finite number"),
+        ({"compressions": (np.nan,)}, "--compressions has nan; accepted is a finite number"),
+        ({"tuning_seeds": ()}, "--tuning-seeds is empty"),
         ({"tuning_seeds": (-1,)}, "--tuning-seeds has -1"),
     ],
 )
 def test_impossible_grids_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         compare.CompareConfig(command="run", **words).check()
+
+
+def test_help_tells_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["somewhere/compare.py", "--help"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert capsys.readouterr().out.startswith("usage: python -m experiments.compare ")
 
 
 def test_compression_that_a_method_cannot_meet_is_refused(tmp_path, harness, monkeypatch):
@@ -222,6 +402,13 @@ def test_the_rate_of_str_is_the_best_at_the_compression_of_tuning():
     assert compare.chosen("str", cells, 32) == compare.Trial(learning_rate=0.2)
 
 
+def test_the_rate_of_str_is_judged_by_the_means_over_seeds():
+    # The first has 90 % at 31.5× and 80 % at 126×: 89.9 at 32×. Seeds of 31.5×, 3 % apart, have no line of their own.
+    cells = [str_cell(0.1, 1e-3, 31, 91), str_cell(0.1, 1e-3, 31.5**2 / 31, 89), str_cell(0.1, 4e-3, 126, 80)]
+    assert compare.chosen("str", [*cells, str_cell(0.2, 1e-3, 32, 89.8)], 32).learning_rate == 0.1
+    assert compare.chosen("str", [*cells, str_cell(0.2, 1e-3, 32, 90.0)], 32).learning_rate == 0.2
+
+
 def test_the_decay_of_str_is_interpolated():
     # Compression 4 at 1e-4 and 16 at 4e-4: halfway between them, in logarithms, lies 8 at 2e-4, and beyond 32 at 8e-4.
     trial = compare.Trial(learning_rate=0.1)
@@ -230,10 +417,17 @@ def test_the_decay_of_str_is_interpolated():
         found = compare.decay_for(compression, trial, [], cells)
         assert found == compare.Trial(learning_rate=0.1, weight_decay=pytest.approx(decay))
 
+    # Seeds of one decay count together, however far apart they are: the geometric mean of 3.9 and 4.1026 is 4.
+    seeds = [str_cell(0.1, 1e-4, 3.9, 80), str_cell(0.1, 1e-4, 16 / 3.9, 80), *cells[1:]]
+    assert compare.decay_for(8, trial, [], seeds).weight_decay == pytest.approx(2e-4)
+
     # One run of the grid moves that line: 8 at 1e-4, so 32 at 4e-4. Two, 8 at 1e-4 and 16 at 1.1e-4, are another line.
     own = [str_cell(0.1, 1e-4, 8, 80), str_cell(0.1, 1.1e-4, 16, 80)]
     assert compare.decay_for(32, trial, own[:1], cells).weight_decay == pytest.approx(4e-4)
     assert compare.decay_for(32, trial, own, cells).weight_decay == pytest.approx(1.21e-4)
+    # Two within 2 % have no line of their own: the nearer one moves that of tuning.
+    own = [str_cell(0.1, 1e-4, 8, 80), str_cell(0.1, 1.1e-4, 7.9, 80)]
+    assert compare.decay_for(32, trial, own, cells).weight_decay == pytest.approx(4e-4)
 
 
 @pytest.fixture
@@ -245,11 +439,13 @@ def searched(monkeypatch):
     def search(path, compression, achieved):
         def fill(harness, cells, method, compression, trial):
             decays.append(trial.weight_decay)
-            cell = {"trial": dataclasses.asdict(trial), "achieved": achieved(trial.weight_decay), "seed": 0}
-            compare_report.write_cell(cells[0][0], cell | {"compression": compression})
+            figures = {"achieved": achieved(trial.weight_decay), "top1": 80.0}
+            cell = tuned("str", trial, seed=0, compression=compression, **figures)
+            compare_report.write_cell(cells[0][0], cell)
 
         monkeypatch.setattr(compare, "fill", fill)
-        return compare.search_decay(None, path, 0, compression, compare.Trial(learning_rate=0.1), tuned_cells)
+        harness, trial = types.SimpleNamespace(arch="lenet_300_100"), compare.Trial(learning_rate=0.1)
+        return compare.search_decay(harness, path, 0, compression, trial, tuned_cells)
 
     return search, decays
 
@@ -267,6 +463,23 @@ def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, se
     assert compare_report.read_cell(tmp_path / "str_16_0.json")["achieved"] == pytest.approx(16)
 
 
+def test_a_search_does_not_stop_at_two_tries_of_one_compression(tmp_path, searched):
+    # Below a decay of 4e-4 all have 6×. Two tries have no line between them, and the slope of tuning leads on.
+    search, decays = searched
+    found = search(tmp_path / "str_8_0.json", 8, lambda decay: 6 + decay if decay < 4e-4 else 8.0)
+    assert decays == pytest.approx([2e-4, 2.667e-4, 3.556e-4, 4.742e-4], rel=1e-3)
+    assert found.weight_decay == decays[-1]
+
+
+def test_a_search_does_not_go_by_runs_of_other_epochs(tmp_path, searched):
+    search, decays = searched
+    trial = compare.Trial(learning_rate=0.1, weight_decay=3e-4)
+    old = tuned("str", trial, achieved=8.0, seed=0, compression=8, epochs_trained=9)
+    compare_report.write_cell(tmp_path / "str_search" / "0.0003_0.json", old)
+    assert search(tmp_path / "str_8_0.json", 8, lambda decay: decay * 4e4).weight_decay == pytest.approx(2e-4)
+    assert decays == pytest.approx([2e-4])
+
+
 def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
     # The network stays dense below a decay and collapses above it: no decay gives 8×, and 4 is nearer to it than 100.
     search, decays = searched
@@ -274,12 +487,6 @@ def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
     assert len(decays) == 5
     assert compare_report.read_cell(tmp_path / "str_8_0.json")["achieved"] == pytest.approx(4, abs=0.01)
     assert found.weight_decay < 1.7e-4
-
-
-def test_every_method_has_the_same_number_of_trials():
-    for setup in compare.NETWORKS.values():
-        methods = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_no_leak")
-        assert [len(set(compare.trials(method, setup.train))) for method in methods] == [9] * 7
 
 
 def cell(method, compression, seed, top1, achieved):
@@ -332,15 +539,31 @@ def test_a_run_that_missed_its_compression_by_half_is_no_rival():
 
 
 def test_table_of_tuning():
-    trial = {"learning_rate": 0.1, "weight_decay": 1e-3, "prune": 0.4}
-    other = {"learning_rate": 0.05, "weight_decay": 0.0, "prune": 0.0}
-    cells = [row | {"trial": trial if row["method"] == "ltp" else other} for row in CELLS[:4]]
+    trials = {
+        "ltp": {"learning_rate": 0.1, "weight_decay": 1e-3, "prune": 0.4, "initial": 0.0},
+        "gmp_global": {"learning_rate": 0.05, "weight_decay": 0.0, "prune": 0.0, "initial": 0.0},
+        "str": {"learning_rate": 0.05, "weight_decay": 4e-3, "prune": 0.0, "initial": -8.0},
+    }
+    cells = [row | {"trial": trials[row["method"]]} for row in CELLS[:4]]
     lines = compare_report.tuning_markdown(cells).splitlines()
     assert lines[2:] == [
-        "| LTP | 0.1 | 0.001 | 40 % | 8.0× | 90.50 ± 0.71 (2) |",
-        "| gradual magnitude, global | 0.05 | the network's | – | 16.0× | 87.00 (1) |",
-        "| STR | 0.05 | the network's | – | 9.0× | 88.00 (1) |",
+        "| LTP | 0.1 | 0.001 | 40 % | – | 8.0× | 90.50 ± 0.71 (2) |",
+        "| gradual magnitude, global | 0.05 | the network's | – | – | 16.0× | 87.00 (1) |",
+        "| STR | 0.05 | 0.004 | – | -8 | 9.0× | 88.00 (1) |",
     ]
+
+
+def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monkeypatch):
+    config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
+    # Whether all fifteen are there or not, and with the grid that a report is of.
+    compare.tuning_file(config, "lenet_300_100", "ltp", 4, 0).unlink()
+    compare_report.write_cell(tmp_path / "fashion_mnist_lenet_300_100" / "ltp_8_0.json", CELLS[0])
+    words = ["compare", "report", f"--results={tmp_path}", f"--pictures={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", words)
+    compare.main()
+    lines = (tmp_path / "fashion_mnist_held_out_lenet_300_100" / "table.md").read_text().splitlines()[2:]
+    expected = [80 + place for place in range(15) if place != 4] + [80 + place for place in range(15)]
+    assert [float(line.split("|")[-2].split()[0]) for line in lines] == expected
 
 
 @pytest.mark.parametrize(
@@ -366,27 +589,16 @@ def test_pictures_of_what_is_there(tmp_path, methods, pictures):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_broken_record_of_a_run_is_said(tmp_path):
-    (tmp_path / "ltp_8_0.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"ltp_8_0.json is no record of a run.*remove it"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("3", "not iterable"),
+        ("{}", "it lacks network, dataset, method, compression, seed, .*achieved, top1"),
+        (json.dumps({key: 1 for key in compare_report.KEYS if key != "top1"}), r"it lacks top1\)"),
+    ],
+)
+def test_broken_record_of_a_run_is_said(tmp_path, text, message):
+    (tmp_path / "ltp_8_0.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"ltp_8_0.json is no record of a run \(.*{message}.*remove it"):
         compare_report.read_cells(tmp_path)
-
-
-def test_variants_have_files_of_their_own():
-    names = [ablation.file_name(variant, 0) for variant in ablation.VARIANTS]
-    assert len(set(names)) == len(names)
-
-
-def test_units_decide_what_is_pruned_and_leave_the_weights_as_they_are():
-    # In units of 1 and 1/4 the weights 1, 2 and −3 are 1, 2 and −0.75: half a budget of four keeps 1 and 2.
-    params = {"kernel": jnp.array([[1.0], [2.0], [-3.0], [0.5]])}
-    units = {"kernel": jnp.array([[1.0], [1.0], [0.25], [1.0]])}
-    job = ablation_variants.Job(ltp.plan(params), 10, {}, np.zeros(()))
-    make = ablation_variants.in_units(
-        lambda job: target_density(job.plan, 0.5, prune_steps=1, select_steps=1), lambda job: units
-    )
-    pruner = make(job)
-    state = pruner.init(params)
-    same, state = pruner.update({"kernel": jnp.float32(0)}, params, params, state, 0)
-    np.testing.assert_array_equal(same["kernel"], params["kernel"])
-    np.testing.assert_array_equal(pruner.harden(params, state)["kernel"], [[1.0], [2.0], [0.0], [0.0]])
