@@ -205,7 +205,7 @@ def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
                 dataclasses.replace(
                     best, initial=initial, weight_decay=product * factor * (10 / train.epochs) / best.learning_rate
                 )
-                for initial, factor in ((-4.0, 0.58), (-8.0, 1.9))
+                for initial, factor in ((-4.0, 0.9), (-8.0, 1.9))
                 for product in PRODUCTS
             ]
         case "ltp" | "ltp_no_leak":
@@ -339,19 +339,22 @@ def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
     """The setting that did best in tuning, at the compression of that.
 
     STR has no target: its settings are learning rates and first values of ``s``, with several decays each. Those two
-    are chosen that do best at the compression of tuning, between the decays; the decay is that of ``decay_for`` then.
+    are chosen that do best at the compression of tuning, between the decays, or beyond them only if none has it
+    between; the decay is that of ``decay_for`` then.
     """
     groups: dict[Trial, list[Cell]] = {}
     for cell in compare_report.select(tuned, method=method):
         trial = without_decay(cell) if method == "str" else Trial(**cell["trial"])
         groups.setdefault(trial, []).append(cell)
 
-    def top1(trial: Trial) -> float:
-        if method == "str":
-            return at(compression, [(mean.achieved, mean.top1) for mean in by_decay(groups[trial])])
-        return statistics.fmean(cell["top1"] for cell in groups[trial])
+    def merit(trial: Trial) -> tuple[bool, float]:
+        if method != "str":
+            return True, statistics.fmean(cell["top1"] for cell in groups[trial])
+        points = [(mean.achieved, mean.top1) for mean in by_decay(groups[trial])]
+        between = min(points)[0] <= compression <= max(points)[0]
+        return between, at(compression, points)
 
-    return max(groups, key=top1)
+    return max(groups, key=merit)
 
 
 def tuning(config: CompareConfig) -> list[Cell]:
