@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 import ltp_jax as ltp
 from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS, check_seeds
-from experiments.compare_report import read_cell, read_cells, spread, write_cell
-from experiments.config import ConfigError, TrainConfig
+from experiments.compare_report import read_cell, read_cells, spread
+from experiments.config import ConfigError, TrainConfig, write_json
 from experiments.console import run_command
 from experiments.harness import Harness, Network, Run, hold_out
 from experiments.run import kernel_decay, weights_optimizer
@@ -185,7 +185,7 @@ def main() -> None:
             network = harness.dense_network(seed)
             run, pruner = prepare(harness, VARIANTS[variant], network)
             figures = {"variant": variant, "seed": seed} | measure(harness, run, pruner, network, seed)
-            write_cell(config.results / file_name(variant, seed), figures)
+            write_json(config.results / file_name(variant, seed), figures)
             print(f"{variant}, seed {seed}: {figures['compression']:.2f}× at {figures['top1']:.2f} %", flush=True)
 
 

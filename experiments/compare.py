@@ -8,7 +8,7 @@ python -m experiments.compare report  # the table and the pictures of what is th
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import tyro
 import ltp_jax as ltp
 from experiments import baselines, compare_report, data
 from experiments.compare_report import Cell
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, TrainConfig, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, hold_out
@@ -30,6 +30,8 @@ from ltp_jax.target import target_density
 
 HELD_OUT = 10_000  # training images that settings are judged on
 TRIALS = 15  # settings that every method has
+DECAYS = (0.0, 1e-3, 2e-3)  # of the weights; zero is that of the network
+DESCENTS = {"gmp": (0.2, 0.5, 0.8), "ltp": (0.4, 0.6, 0.8)}  # shares of the run in which they prune
 PRODUCTS = (1.2e-4, 2e-4, 3e-4)  # of STR's rate and decay in ten epochs
 
 
@@ -152,13 +154,15 @@ class Trial:
 def trials(method: str, train: TrainConfig) -> list[Trial]:
     """The first nine settings of a method, around the network's own rate and weight decay."""
     rate = train.learning_rate
-    decays = (0.0, 1e-3, 2e-3)  # zero is that of the network
     match method:
         case "dense" | "one_shot":
-            return [Trial(learning_rate=f * rate, weight_decay=decay) for decay in decays for f in (0.5, 1, 2)]
+            return [Trial(learning_rate=f * rate, weight_decay=decay) for decay in DECAYS for f in (0.5, 1, 2)]
         case "gmp_uniform" | "gmp_global":
-            shares = (0.2, 0.5, 0.8)
-            return [Trial(learning_rate=rate, prune=share, weight_decay=decay) for decay in decays for share in shares]
+            return [
+                Trial(learning_rate=rate, prune=share, weight_decay=decay)
+                for decay in DECAYS
+                for share in DESCENTS["gmp"]
+            ]
         case "str":
             # What it prunes goes by the product of rate, decay and steps; these three lie around 32× on LeNet-300-100.
             # The rates are the same for every network: at smaller ones the decay that prunes enough ruins the weights.
@@ -170,11 +174,16 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
         case "ltp" | "ltp_no_leak":
             leak = 0.1 if method == "ltp" else 0.0  # the default, and eq. 14
             return [
-                Trial(learning_rate=rate, prune=share, select=max(0.75, share + 0.1), leak=leak, weight_decay=decay)
-                for decay in decays
-                for share in (0.4, 0.6, 0.8)
+                Trial(learning_rate=rate, prune=share, select=selected(share), leak=leak, weight_decay=decay)
+                for decay in DECAYS
+                for share in DESCENTS["ltp"]
             ]
     raise ValueError(method)
+
+
+def selected(prune: float) -> float:
+    """The share of the run after which LTP fixes its masks, of that in which it prunes."""
+    return max(0.75, prune + 0.1)
 
 
 def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
@@ -190,14 +199,14 @@ def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
         case "dense" | "one_shot":
             return [
                 dataclasses.replace(best, learning_rate=f * rate, weight_decay=decay)
-                for decay in (0.0, 1e-3, 2e-3)
+                for decay in DECAYS
                 for f in (0.25, 4)
             ]
         case "gmp_uniform" | "gmp_global":
             return [
                 dataclasses.replace(best, learning_rate=f * rate, prune=share)
                 for f in (0.5, 2)
-                for share in (0.2, 0.5, 0.8)
+                for share in DESCENTS["gmp"]
             ]
         case "str":
             # The farther from zero s begins, the more decay it takes to prune as much.
@@ -210,9 +219,9 @@ def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
             ]
         case "ltp" | "ltp_no_leak":
             return [
-                dataclasses.replace(best, learning_rate=f * rate, prune=share, select=max(0.75, share + 0.1))
+                dataclasses.replace(best, learning_rate=f * rate, prune=share, select=selected(share))
                 for f in (0.5, 2)
-                for share in (0.4, 0.6, 0.8)
+                for share in DESCENTS["ltp"]
             ]
     raise ValueError(method)
 
@@ -290,7 +299,7 @@ def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compr
             "trial": dataclasses.asdict(trial),
             "epochs_trained": train.epochs,
         }
-        compare_report.write_cell(path, about | figures)
+        write_json(path, about | figures)
         print(f"{path.stem}: {figures['achieved']:.2f}× at {figures['top1']:.2f} %", flush=True)
 
 
@@ -360,7 +369,8 @@ def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
 def tuning(config: CompareConfig) -> list[Cell]:
     """The runs of tuning. Those of another network are given the settings of the same place in this network's list.
 
-    That list goes on behind its ninth place from the setting that is at the place of the other network's best.
+    Behind the ninth place both lists go on from the best of the other network: what they keep of it, decays, leak and
+    STR's rate, is not relative to a network.
 
     Raises:
       ConfigError: if a setting of one of the methods was not tried with every seed of tuning.
@@ -374,23 +384,17 @@ def tuning(config: CompareConfig) -> list[Cell]:
         found = tuned_with(config, source, method, settings)
         if len(found) == len(settings) * len(config.tuning_seeds):
             best = chosen(method, found, theirs.tuning_compression)
-            own_best = chosen(method, with_settings(found, settings), theirs.tuning_compression)
-            further = further_trials(method, theirs.train, best), further_trials(method, ours.train, own_best)
+            further = (further_trials(method, setup.train, best) for setup in (theirs, ours))
             settings |= zip(*further, strict=True)
             found = tuned_with(config, source, method, settings)
         if len(found) < every:
             missing[method] = every - len(found)
-        cells += with_settings(found, settings)
+        cells += [cell | {"trial": dataclasses.asdict(settings[Trial(**cell["trial"])])} for cell in found]
     if missing:
         methods, seeds = " ".join(missing), " ".join(map(str, config.tuning_seeds))
         command = f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds}"
         raise ConfigError(f"{sum(missing.values())} runs of the tuning on {source} are missing: {command}")
     return cells
-
-
-def with_settings(cells: Iterable[Cell], settings: Mapping[Trial, Trial]) -> list[Cell]:
-    """The runs as if they had had other settings, which are given by those that they had."""
-    return [cell | {"trial": dataclasses.asdict(settings[Trial(**cell["trial"])])} for cell in cells]
 
 
 def without_decay(cell: Cell) -> Trial:
@@ -499,7 +503,7 @@ def search_decay(
         found = decay_for(compression, trial, own, tuned)
         enough = len(compare_report.select(own, compression=compression)) == 5 or found.weight_decay in tried
         if own and (enough or distance(own[0]) < math.log(1.05)):
-            compare_report.write_cell(path, own[0] | {"compression": compression})
+            write_json(path, own[0] | {"compression": compression})
             return Trial(**own[0]["trial"])
         fill(harness, [(searched / f"{found.weight_decay:g}_{seed}.json", seed)], "str", compression, found)
 

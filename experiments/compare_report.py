@@ -48,14 +48,6 @@ KEYS = (
 """What a run of the comparison tells."""
 
 
-def write_cell(path: Path, cell: Cell) -> None:
-    """Writes a run; the file is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(cell, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def read_cell(path: Path, keys: Sequence[str] = KEYS) -> Cell:
     """A run. Raises ConfigError if the file is no such thing, or lacks one of the keys."""
     try:

@@ -44,18 +44,18 @@ class TrainConfig:
         return self.learning_rate
 
     def check(self, name: str) -> None:
-        _require(self.epochs >= 1, f"--{name}.epochs", self.epochs, "at least 1")
-        _require(self.batch_size >= 1, f"--{name}.batch-size", self.batch_size, "at least 1")
-        _require(self.learning_rate > 0, f"--{name}.learning-rate", self.learning_rate, "more than 0")
-        _require(
+        require(self.epochs >= 1, f"--{name}.epochs", self.epochs, "at least 1")
+        require(self.batch_size >= 1, f"--{name}.batch-size", self.batch_size, "at least 1")
+        require(self.learning_rate > 0, f"--{name}.learning-rate", self.learning_rate, "more than 0")
+        require(
             0 <= self.warmup_epochs < self.epochs,
             f"--{name}.warmup-epochs",
             self.warmup_epochs,
             "0 to less than epochs",
         )
-        _require(0 <= self.momentum < 1, f"--{name}.momentum", self.momentum, "0 to less than 1")
-        _require(self.weight_decay >= 0, f"--{name}.weight-decay", self.weight_decay, "0 or more")
-        _require(0 <= self.label_smoothing < 1, f"--{name}.label-smoothing", self.label_smoothing, "0 to less than 1")
+        require(0 <= self.momentum < 1, f"--{name}.momentum", self.momentum, "0 to less than 1")
+        require(self.weight_decay >= 0, f"--{name}.weight-decay", self.weight_decay, "0 or more")
+        require(0 <= self.label_smoothing < 1, f"--{name}.label-smoothing", self.label_smoothing, "0 to less than 1")
 
 
 TARGETS = ("target_compression", "target_density", "target_macs")
@@ -116,26 +116,26 @@ class LtpConfig:
         return ("ramp", "learn", "reach") if self.to_target else ("prune", "select")
 
     def check(self) -> None:
-        _require(self.penalty is None or self.penalty >= 0, "--ltp.penalty", self.penalty, "0 or more")
-        _require(0 <= self.ramp <= 1, "--ltp.ramp", self.ramp, "0 to 1")
-        _require(0 < self.learn <= 1, "--ltp.learn", self.learn, "more than 0, at most 1")
-        _require(self.reach > 0, "--ltp.reach", self.reach, "more than 0")
-        _require(self.t0 is None or self.t0 > 0, "--ltp.t0", self.t0, "more than 0")
+        require(self.penalty is None or self.penalty >= 0, "--ltp.penalty", self.penalty, "0 or more")
+        require(0 <= self.ramp <= 1, "--ltp.ramp", self.ramp, "0 to 1")
+        require(0 < self.learn <= 1, "--ltp.learn", self.learn, "more than 0, at most 1")
+        require(self.reach > 0, "--ltp.reach", self.reach, "more than 0")
+        require(self.t0 is None or self.t0 > 0, "--ltp.t0", self.t0, "more than 0")
         targets = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
         for name, value in targets.items():
             flag = f"--ltp.{name.replace('_', '-')}"
             if name == "target_density":
-                _require(0 < value < 1, flag, value, "more than 0, less than 1")
+                require(0 < value < 1, flag, value, "more than 0, less than 1")
             else:
-                _require(value > 1, flag, value, "more than 1")
+                require(value > 1, flag, value, "more than 1")
         given = [f"--ltp.{name.replace('_', '-')}" for name in GOALS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} exclude each other; accepted is one of them")
         if targets and (self.exact_gradient or self.l0_to_weights):
             raise ConfigError("--ltp.exact-gradient and --ltp.l0-to-weights go with a penalty, not with a target")
-        _require(0 < self.prune <= self.select, "--ltp.prune", self.prune, "more than 0, at most --ltp.select")
-        _require(self.select <= 1, "--ltp.select", self.select, "at most 1")
-        _require(self.leak is None or 0 <= self.leak <= 1, "--ltp.leak", self.leak, "0 to 1")
+        require(0 < self.prune <= self.select, "--ltp.prune", self.prune, "more than 0, at most --ltp.select")
+        require(self.select <= 1, "--ltp.select", self.select, "at most 1")
+        require(self.leak is None or 0 <= self.leak <= 1, "--ltp.leak", self.leak, "0 to 1")
         if self.leak is not None and not targets:
             raise ConfigError("--ltp.leak goes with a target, not with a penalty")
 
@@ -148,7 +148,7 @@ class MeshConfig:
     """Devices that each parameter is split over; 1 keeps the parameters whole on every device."""
 
     def check(self) -> None:
-        _require(self.fsdp >= 1, "--mesh.fsdp", self.fsdp, "at least 1")
+        require(self.fsdp >= 1, "--mesh.fsdp", self.fsdp, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,23 +170,23 @@ class DistributedConfig:
         name = "--distributed"
         address = self.coordinator_address
         match = re.fullmatch(r".+:(\d+)", address or "HOST:1")
-        _require(
+        require(
             match is not None and 0 < int(match[1]) < 2**16,
             f"{name}.coordinator-address",
             address,
             "HOST:PORT, the port 1 to 65535",
         )
         processes, index = self.num_processes, self.process_id
-        _require(processes is None or processes >= 1, f"{name}.num-processes", processes, "at least 1")
-        _require(
+        require(processes is None or processes >= 1, f"{name}.num-processes", processes, "at least 1")
+        require(
             index is None or processes is None or 0 <= index < processes,
             f"{name}.process-id",
             index,
             "0 to less than --distributed.num-processes",
         )
-        _require(self.heartbeat_timeout >= 1, f"{name}.heartbeat-timeout", self.heartbeat_timeout, "at least 1")
+        require(self.heartbeat_timeout >= 1, f"{name}.heartbeat-timeout", self.heartbeat_timeout, "at least 1")
         timeout = self.initialization_timeout
-        _require(timeout >= 1, f"{name}.initialization-timeout", timeout, "at least 1")
+        require(timeout >= 1, f"{name}.initialization-timeout", timeout, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ class Config:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        _require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
+        require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()
@@ -223,7 +223,8 @@ class Config:
         self.distributed.check()
 
 
-def _require(condition: bool, flag: str, value: Any, accepted: str) -> None:
+def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
+    """Raises ConfigError if an option's value is not accepted, or a number that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}, and finite")
     if not condition:
@@ -293,22 +294,36 @@ def record(config: Config, *, write: bool = True) -> None:
         free.update(f"ltp.{name}" for name in config.ltp.idle)
         if (config.workdir / "dense").is_dir():
             free.add("pretrained")  # nothing more is taken from it; whose weights they are stays fixed
-        old_items, new_items = _flat(old), _flat(new)
         changed = [
-            f"--{key.replace('_', '-')} was {old_items.get(key, 'absent')}, is {new_items.get(key, 'absent')}"
-            for key in dict.fromkeys([*old_items, *new_items])
-            if key not in free and not key.startswith("distributed.") and old_items.get(key) != new_items.get(key)
+            f"--{key.replace('_', '-')} {how}"
+            for key, how in differences(_flat(old), _flat(new)).items()
+            if key not in free and not key.startswith("distributed.")
         ]
         if changed:
             raise ConfigError(
                 f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
                 "Choose another --workdir, or the same options to go on with that run"
             )
-    config.workdir.mkdir(parents=True, exist_ok=True)
-    if not write:
-        return
+    if write:
+        write_json(path, new)
+    else:
+        config.workdir.mkdir(parents=True, exist_ok=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What each value that is not the same was and is, by its name."""
+    return {
+        name: f"was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a record, and the folder it lies in; the file is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
     temporary.replace(path)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import ltp_jax as ltp
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, TrainConfig, differences, write_json
 from experiments.data.in_memory import InMemoryDataset
 from experiments.run import check_network, weights_optimizer
 from ltp_jax import models
@@ -60,19 +60,11 @@ def hold_out(dataset: InMemoryDataset, size: int) -> InMemoryDataset:
     )
 
 
-def write_training(path: Path, train: TrainConfig) -> None:
-    """Writes how a network was trained to a file beside it; the file is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(train), indent=1) + "\n")
-    temporary.replace(path.with_suffix(".json"))
-
-
-def check_training(path: Path, train: TrainConfig) -> None:
-    """Raises ConfigError if a network was trained in another way. One without a record gets it."""
-    record = path.with_suffix(".json")
+def check_training(record: Path, train: TrainConfig) -> None:
+    """Raises ConfigError if the network beside a record was trained in another way. One without a record gets it."""
+    wanted, path = dataclasses.asdict(train), record.with_suffix("")
     if not record.exists():
-        write_training(path, train)
+        write_json(record, wanted)
         return
     try:
         found = dict(json.loads(record.read_text()))
@@ -80,13 +72,7 @@ def check_training(path: Path, train: TrainConfig) -> None:
         raise ConfigError(
             f"{record} is no record of a training ({error}); remove it and {path}, and both are made again"
         ) from error
-    wanted = dataclasses.asdict(train)
-    changed = [
-        f"{name} was {found.get(name, 'absent')}, is {wanted.get(name, 'absent')}"
-        for name in dict.fromkeys([*found, *wanted])
-        if found.get(name) != wanted.get(name)
-    ]
-    if changed:
+    if changed := [f"{name} {how}" for name, how in differences(found, wanted).items()]:
         raise ConfigError(
             f"{path} was trained in another way: {'; '.join(changed)}. Remove it, and it is trained again, or choose "
             "another --workdir"
@@ -129,7 +115,7 @@ class Harness:
         initial = self._initial_network(jax.random.key(seed))
         known = path.is_dir()
         if known:
-            check_training(path, self.pretrain)
+            check_training(path.with_suffix(".json"), self.pretrain)
             network = restore_network(path)
             check_network(network, initial, path, self.arch)
         else:
@@ -142,7 +128,7 @@ class Harness:
             remedy = f"remove {path}, and it is trained again" if known else "it has to be trained in another way"
             raise ConfigError(f"the dense network of seed {seed} cannot be pruned: {error}; {remedy}") from error
         if not known:
-            write_training(path, self.pretrain)
+            write_json(path.with_suffix(".json"), dataclasses.asdict(self.pretrain))
             save_network(path, network["params"], network["batch_stats"])
         return network
 

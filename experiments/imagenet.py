@@ -5,7 +5,6 @@ python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.sa
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import dry_run
-from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse
+from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse, require
 from experiments.console import log, run_command
 from experiments.data import DataError, Dataset, photographs
 from experiments.data.tfds_source import open_split
@@ -115,12 +114,9 @@ class ImagenetConfig(Config):
         smallest = max(32, models.spec(self.arch).min_size)
         if self.image_size is not None and self.image_size < smallest:
             raise ConfigError(f"--image-size is {self.image_size}; accepted is at least {smallest} for {self.arch}")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"--workers is {self.workers}; accepted is 0 or more")
-        if self.max_unreadable < 0:
-            raise ConfigError(f"--max-unreadable is {self.max_unreadable}; accepted is 0 or more")
-        if not 0 < self.dry_run_timeout < math.inf:
-            raise ConfigError(f"--dry-run-timeout is {self.dry_run_timeout}; accepted is more than 0, and finite")
+        require(self.workers is None or self.workers >= 0, "--workers", self.workers, "0 or more")
+        require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
+        require(self.dry_run_timeout > 0, "--dry-run-timeout", self.dry_run_timeout, "more than 0")
         if not self.dry_run and self.pretrained is None and self.dense is None and not self.train.from_scratch:
             raise ConfigError(where_weights_come_from(self.arch))
         if self.pretrained is not None and self.train.from_scratch:

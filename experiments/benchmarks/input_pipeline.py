@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.config import ConfigError
+from experiments.config import ConfigError, require
 from experiments.console import run_command
 from experiments.data import photographs
 from experiments.data.tfds_source import Example, open_split
@@ -69,8 +69,8 @@ class Options:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         for name in ("images", "image_size", "batch_size", "batches", "turns"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; accepted is at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")
         for quality in self.qualities:
             if not 1 <= quality <= 100:
                 raise ConfigError(f"--qualities has {quality}; accepted are 1 to 100")

@@ -9,7 +9,6 @@ Results are added to `experiments/results/lean_step_compile.json` and `lean_step
 
 import dataclasses
 import json
-import math
 import platform
 import statistics
 import time
@@ -24,7 +23,7 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import ConfigError, LtpConfig, TrainConfig
+from experiments.config import ConfigError, LtpConfig, TrainConfig, require
 from experiments.console import run_command
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
@@ -57,9 +56,8 @@ class Compile:
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"--methods has {method}; accepted are {', '.join(METHODS)}")
-        _check_at_least(1, "--images-per-chip", self.images_per_chip)
-        if not 0 < self.timeout < math.inf:
-            raise ConfigError(f"--timeout is {self.timeout}; accepted is more than 0, and finite")
+        require(self.images_per_chip >= 1, "--images-per-chip", self.images_per_chip, "at least 1")
+        require(self.timeout > 0, "--timeout", self.timeout, "more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +77,19 @@ class Time:
         """Raises ConfigError for the first option that is impossible."""
         _check_arch(self.arch)
         if self.image_size is not None:
-            _check_at_least(models.spec(self.arch).min_size, "--image-size", self.image_size)
-        _check_at_least(1, "--batch-size", self.batch_size)
+            smallest = models.spec(self.arch).min_size
+            require(self.image_size >= smallest, "--image-size", self.image_size, f"at least {smallest}")
+        require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
         if self.batch_size % jax.device_count():
             raise ConfigError(
                 f"--batch-size is {self.batch_size}; accepted are multiples of the {jax.device_count()} devices"
             )
-        _check_at_least(1, "--steps", self.steps)
+        require(self.steps >= 1, "--steps", self.steps, "at least 1")
 
 
 def _check_arch(arch: str) -> None:
     if arch not in models.names():
         raise ConfigError(f"--arch is {arch}; accepted are {', '.join(models.names())}")
-
-
-def _check_at_least(least: int, flag: str, value: int) -> None:
-    if value < least:
-        raise ConfigError(f"{flag} is {value}; accepted is at least {least}")
 
 
 def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, slice_name: str) -> Step:

@@ -15,7 +15,7 @@ from flax import traverse_util
 import ltp_jax as ltp
 from experiments import compare, compare_report
 from experiments import run as runs
-from experiments.config import ConfigError, LtpConfig, TrainConfig, parse
+from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, write_json
 from experiments.data import digits
 from experiments.digits import DigitsConfig
 from experiments.harness import Harness, hold_out
@@ -200,7 +200,7 @@ def test_cells_are_kept_and_not_run_again(tmp_path, harness, monkeypatch):
     again = json.loads(cells[0][0].read_text())
     assert (again["trial"], again["achieved"]) == (dataclasses.asdict(other), 7.0)
     # And so it is after another number of epochs.
-    compare_report.write_cell(cells[0][0], cell)
+    write_json(cells[0][0], cell)
     longer = dataclasses.replace(TRAIN, epochs=4)
     monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, longer))
     compare.fill(harness, cells, "ltp", 8, trial)
@@ -235,7 +235,7 @@ def tune(monkeypatch, tmp_path):
                 ran.append((method, place, seed, trial))
                 epochs = compare.NETWORKS[harness.arch].train.epochs
                 figures = {"achieved": 6e3 * trial.weight_decay or 1.0, "top1": tune.top1(place, trial)}
-                compare_report.write_cell(path, tuned(method, trial, seed=seed, epochs_trained=epochs) | figures)
+                write_json(path, tuned(method, trial, seed=seed, epochs_trained=epochs) | figures)
 
     def tune(top1, **options):
         tune.top1 = top1
@@ -264,7 +264,7 @@ def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
         dataclasses.asdict(trial) for trial in (*nine, *compare.further_trials("gmp_global", TRAIN_5, nine[5]))
     ]
     # If another of the nine is the best, the six are others.
-    compare_report.write_cell(
+    write_json(
         compare.tuning_file(config, "lenet5", "gmp_global", 0, 3),
         tuned("gmp_global", nine[0], epochs_trained=5, top1=91.0),
     )
@@ -330,11 +330,11 @@ def test_settings_of_another_network_are_those_at_the_same_place(tune):
     assert compare.chosen("gmp_global", compare.tuning(config), 32) == eighth
     # The six behind the ninth have its decay; the first with the larger rate is the best of all now.
     path = compare.tuning_file(config, "lenet_300_100", "gmp_global", 12, 0)
-    compare_report.write_cell(path, compare_report.read_cell(path) | {"top1": 95.0})
+    write_json(path, compare_report.read_cell(path) | {"top1": 95.0})
     thirteenth = compare.Trial(learning_rate=0.1, prune=0.2, weight_decay=2e-3)
     assert compare.chosen("gmp_global", compare.tuning(config), 32) == thirteenth
     # Every setting has to have been tried, for as long, or methods would not be tuned alike.
-    compare_report.write_cell(path, compare_report.read_cell(path) | {"epochs_trained": 9})
+    write_json(path, compare_report.read_cell(path) | {"epochs_trained": 9})
     message = r"1 runs .* tune --arch=lenet_300_100 --methods gmp_global --tuning-seeds 0 1"
     with pytest.raises(ConfigError, match=message):
         compare.tuning(config)
@@ -449,7 +449,7 @@ def searched(monkeypatch):
             decays.append(trial.weight_decay)
             figures = {"achieved": achieved(trial.weight_decay), "top1": 80.0}
             cell = tuned("str", trial, seed=0, compression=compression, **figures)
-            compare_report.write_cell(cells[0][0], cell)
+            write_json(cells[0][0], cell)
 
         monkeypatch.setattr(compare, "fill", fill)
         harness, trial = types.SimpleNamespace(arch="lenet_300_100"), compare.Trial(learning_rate=0.1)
@@ -483,7 +483,7 @@ def test_a_search_does_not_go_by_runs_of_other_epochs(tmp_path, searched):
     search, decays = searched
     trial = compare.Trial(learning_rate=0.1, weight_decay=3e-4)
     old = tuned("str", trial, achieved=8.0, seed=0, compression=8, epochs_trained=9)
-    compare_report.write_cell(tmp_path / "str_search" / "0.0003_0.json", old)
+    write_json(tmp_path / "str_search" / "0.0003_0.json", old)
     assert search(tmp_path / "str_8_0.json", 8, lambda decay: decay * 4e4).weight_decay == pytest.approx(2e-4)
     assert decays == pytest.approx([2e-4])
 
@@ -565,7 +565,7 @@ def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monke
     config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
     # Whether all fifteen are there or not, and with the grid that a report is of.
     compare.tuning_file(config, "lenet_300_100", "ltp", 4, 0).unlink()
-    compare_report.write_cell(tmp_path / "fashion_mnist_lenet_300_100" / "ltp_8_0.json", CELLS[0])
+    write_json(tmp_path / "fashion_mnist_lenet_300_100" / "ltp_8_0.json", CELLS[0])
     words = ["compare", "report", f"--results={tmp_path}", f"--pictures={tmp_path}"]
     monkeypatch.setattr(sys, "argv", words)
     compare.main()
@@ -589,7 +589,7 @@ def test_pictures_of_what_is_there(tmp_path, methods, pictures):
     rows = [*CELLS, cell("gmp_uniform", 8, 0, 80.0, 8.0), cell("dense", 8, 0, 91.0, 1.0) | {"compression": None}]
     for i, row in enumerate(rows):
         if row["method"] in methods:
-            compare_report.write_cell(folder / f"{i}.json", row)
+            write_json(folder / f"{i}.json", row)
     table, *drawn = compare_report.write(folder, tmp_path / "docs")
     assert "Dense network that all start from" in table.read_text()
     assert len(drawn) == pictures
