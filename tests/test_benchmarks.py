@@ -22,6 +22,7 @@ from ltp_jax.trail import Entry
         (lean_step, ["time", "--arch=alexnet", "--image-size=62"], "^--image-size is 62; accepted is at least 63"),
         (lean_step, ["compile", "--arch", "resnet50", "foo"], "^--arch is foo; accepted are digits, lenet_300_100, "),
         (lean_step, ["compile", "--methods", "foo"], "^--methods has foo; accepted are dense, penalty, target"),
+        (lean_step, ["compile", "--methods"], "^--methods is empty; accepted is one or more"),
         (lean_step, ["compile", "--images-per-chip=0"], "^--images-per-chip is 0; accepted is at least 1"),
         (lean_step, ["compile", "--timeout=inf"], "^--timeout is inf; accepted is more than 0, and finite"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is at least one"),

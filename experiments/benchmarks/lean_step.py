@@ -51,6 +51,9 @@ class Compile:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        for option, values in (("--arch", self.arch), ("--methods", self.methods)):
+            if not values:
+                raise ConfigError(f"{option} is empty; accepted is one or more")
         for arch in self.arch:
             _check_arch(arch)
         for method in self.methods:
