@@ -20,7 +20,7 @@ import tyro
 import ltp_jax as ltp
 from experiments import baselines, compare_report, data
 from experiments.compare_report import Cell
-from experiments.config import ConfigError, TrainConfig, write_json
+from experiments.config import ConfigError, TrainConfig, require_any, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, hold_out
@@ -112,8 +112,7 @@ class CompareConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        if not self.methods:
-            raise ConfigError("--methods is empty; accepted is one or more")
+        require_any("--methods", self.methods)
         for compression in self.compressions:
             if not 1 < compression < math.inf:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
@@ -123,8 +122,7 @@ class CompareConfig:
 
 def check_seeds(option: str, seeds: Sequence[int]) -> None:
     """Raises ConfigError if there are none, or one of them is impossible."""
-    if not seeds:
-        raise ConfigError(f"{option} is empty; accepted is one or more")
+    require_any(option, seeds)
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")

@@ -231,6 +231,12 @@ def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}")
 
 
+def require_any(flag: str, values: Sequence[Any]) -> None:
+    """Raises ConfigError if an option that takes several values has none."""
+    if not values:
+        raise ConfigError(f"{flag} is empty; accepted is one or more")
+
+
 def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None = None) -> C:
     """The configuration that a command line asks for.
 

@@ -23,7 +23,7 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import ConfigError, LtpConfig, TrainConfig, require
+from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any
 from experiments.console import run_command
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
@@ -51,9 +51,8 @@ class Compile:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        for option, values in (("--arch", self.arch), ("--methods", self.methods)):
-            if not values:
-                raise ConfigError(f"{option} is empty; accepted is one or more")
+        require_any("--arch", self.arch)
+        require_any("--methods", self.methods)
         for arch in self.arch:
             _check_arch(arch)
         for method in self.methods:
