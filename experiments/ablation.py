@@ -83,6 +83,9 @@ def prepare(harness: Harness, variant: Variant, network: Network) -> tuple[Run, 
         )
         undecayed = weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs)
         optimizer = optax.chain(decay, undecayed)
+    elif variant.rate is not None:
+        sgd = optax.sgd(variant.rate(train.peak_learning_rate, steps), momentum=train.momentum, nesterov=True)
+        optimizer = optax.chain(kernel_decay(variant.weight_decay), sgd)
     return harness.compiled(pruner, train, variant.distill, optimizer), pruner
 
 

@@ -221,8 +221,34 @@ def _relative(spread: Any) -> jax.Array:
     return jnp.maximum(spread / jnp.sqrt(jnp.mean(jnp.square(spread))), 0.01)
 
 
+def held(until: float) -> Callable[[float, int], optax.Schedule]:
+    """The rate stays where it begins for a share of the run, and then falls to zero along a cosine."""
+
+    def rate(peak: float, steps: int) -> optax.Schedule:
+        first = round(until * steps)
+        falling = optax.cosine_decay_schedule(peak, steps - first)
+        return optax.join_schedules([optax.constant_schedule(peak), falling], [first])
+
+    return rate
+
+
+def restarted(after: float, share: float) -> Callable[[float, int], optax.Schedule]:
+    """The rate falls to zero along a cosine within a share of the run, and once more from a share of what it was."""
+
+    def rate(peak: float, steps: int) -> optax.Schedule:
+        first = round(after * steps)
+        falls = [optax.cosine_decay_schedule(peak, first), optax.cosine_decay_schedule(share * peak, steps - first)]
+        return optax.join_schedules(falls, [first])
+
+    return rate
+
+
 class Variant(NamedTuple):
-    """How to make a pruner, and how the weights are trained with it; the decay ends after a share of the run."""
+    """How to make a pruner, and how the weights are trained with it.
+
+    The decay ends after a share of the run; the rate, by its peak and the number of steps, is a cosine if nothing is
+    said.
+    """
 
     make: Make
     learning_rate: float = 0.1
@@ -230,6 +256,7 @@ class Variant(NamedTuple):
     distill: float = 0.0
     label_smoothing: float = 0.0
     decay_until: float = 1.0
+    rate: Callable[[float, int], optax.Schedule] | None = None
 
 
 PENALTIES = (10.0, 40.0)
@@ -277,6 +304,10 @@ IDEAS: dict[str, Variant] = {
     "target, in units of both": Variant(in_units(targeted(), activation_spreads(True, True))),
     "target, weight decay until masks are fixed": Variant(targeted(), decay_until=0.75),
     "target, weight decay 2e-3 until masks are fixed": Variant(targeted(), weight_decay=2e-3, decay_until=0.75),
+    "target, rate constant until masks are fixed": Variant(targeted(), rate=held(0.75)),
+    "target, rate constant until the target is reached": Variant(targeted(), rate=held(0.4)),
+    "target, rate falls twice, the second time from a half": Variant(targeted(), rate=restarted(0.75, 0.5)),
+    "target, rate falls twice, the second time from a fifth": Variant(targeted(), rate=restarted(0.75, 0.2)),
     "target, label smoothing 0.05": Variant(targeted(), label_smoothing=0.05),
     "target, distilled from the dense network, half": Variant(targeted(), distill=0.5),
     "magnitude, pruned within 50 %": Variant(magnitude(0.5)),

@@ -32,7 +32,8 @@ HELD_OUT = 10_000  # training images that settings are judged on
 TRIALS = 15  # settings that every method has
 DECAYS = (0.0, 1e-3, 2e-3)  # of the weights; zero is that of the network
 DESCENTS = {"gmp": (0.2, 0.5, 0.8), "ltp": (0.4, 0.6, 0.8)}  # shares of the run in which they prune
-PRODUCTS = (1.2e-4, 2e-4, 3e-4)  # of STR's rate and decay in ten epochs
+# Of STR's rate and decay in ten epochs, by the compression of tuning that they lie around on LeNet-300-100.
+PRODUCTS = {32: (1.2e-4, 2e-4, 3e-4), 128: (2.5e-4, 3.5e-4, 4.5e-4)}
 
 
 class Setup(NamedTuple):
@@ -43,14 +44,14 @@ class Setup(NamedTuple):
       pretrain: how it is trained before it is pruned.
       train: and while it is.
       compressions: those of the grid.
-      tuning_compression: the one that settings are judged at.
+      tuning_compressions: those that settings are judged at, by the mean over them.
     """
 
     load: Callable[[str | None], InMemoryDataset]
     pretrain: TrainConfig
     train: TrainConfig
     compressions: tuple[float, ...] = (8, 16, 32, 64, 128)
-    tuning_compression: float = 32
+    tuning_compressions: tuple[int, ...] = (32,)
 
 
 NETWORKS = {
@@ -58,6 +59,7 @@ NETWORKS = {
         data.fashion_mnist,
         TrainConfig(epochs=15, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
         TrainConfig(epochs=10, batch_size=128, learning_rate=0.1, weight_decay=5e-4),
+        tuning_compressions=(32, 128),
     ),
     "lenet5": Setup(
         data.fashion_mnist,
@@ -70,7 +72,6 @@ NETWORKS = {
         TrainConfig(epochs=5, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
         TrainConfig(epochs=3, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
         compressions=(5, 10, 20),
-        tuning_compression=10,
     ),
 }
 
@@ -149,8 +150,11 @@ class Trial:
     weight_decay: float = 0.0
 
 
-def trials(method: str, train: TrainConfig) -> list[Trial]:
-    """The first nine settings of a method, around the network's own rate and weight decay."""
+def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial]:
+    """The first nine settings of a method, around the network's own rate and weight decay.
+
+    They are the same at all compressions of tuning, but for the decays of STR, which decide how much it prunes.
+    """
     rate = train.learning_rate
     match method:
         case "dense" | "one_shot":
@@ -162,12 +166,12 @@ def trials(method: str, train: TrainConfig) -> list[Trial]:
                 for share in DESCENTS["gmp"]
             ]
         case "str":
-            # What it prunes goes by the product of rate, decay and steps; these three lie around 32× on LeNet-300-100.
+            # What it prunes goes by the product of rate, decay and steps.
             # The rates are the same for every network: at smaller ones the decay that prunes enough ruins the weights.
             return [
                 Trial(learning_rate=f * 0.1, initial=-5.0, weight_decay=product * (10 / train.epochs) / (f * 0.1))
                 for f in (0.2, 0.5, 1)
-                for product in PRODUCTS
+                for product in PRODUCTS[compression]
             ]
         case "ltp" | "ltp_no_leak":
             leak = 0.1 if method == "ltp" else 0.0  # the default, and eq. 14
@@ -184,13 +188,14 @@ def selected(prune: float) -> float:
     return max(0.75, prune + 0.1)
 
 
-def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
+def further_trials(method: str, train: TrainConfig, best: Trial, compression: int = 32) -> list[Trial]:
     """Six more, from the best of the nine: at rates farther from the network's own, or other first values of ``s``.
 
     Args:
       method: the method.
       train: the network's own training.
       best: as ``chosen`` finds it.
+      compression: that of tuning.
     """
     rate = train.learning_rate
     match method:
@@ -213,7 +218,7 @@ def further_trials(method: str, train: TrainConfig, best: Trial) -> list[Trial]:
                     best, initial=initial, weight_decay=product * factor * (10 / train.epochs) / best.learning_rate
                 )
                 for initial, factor in ((-4.0, 0.9), (-8.0, 1.9))
-                for product in PRODUCTS
+                for product in PRODUCTS[compression]
             ]
         case "ltp" | "ltp_no_leak":
             return [
@@ -309,44 +314,69 @@ def stored(path: Path, trial: Trial, train: TrainConfig) -> Cell | None:
     return cell
 
 
-def tune(config: CompareConfig, harness: Harness) -> None:
-    """Runs every setting of every method at one compression on the held-out training images."""
-    setup = NETWORKS[config.arch]
+class Setting(NamedTuple):
+    """A setting that is tried in tuning, with its place in the list of its method, at one of tuning's compressions."""
 
-    def run(method: str, settings: Sequence[Trial]) -> None:
-        for place, trial in enumerate(settings):
-            cells = [(tuning_file(config, config.arch, method, place, seed), seed) for seed in config.tuning_seeds]
-            fill(harness, cells, method, setup.tuning_compression, trial)
+    compression: int
+    place: int
+    trial: Trial
+
+
+def tuning_settings(
+    method: str, train: TrainConfig, compressions: Sequence[int], best: Trial | None = None
+) -> list[Setting]:
+    """What is tried: nine settings at every compression, and six more if the best of the nine is known."""
+    if method == "dense":
+        compressions = compressions[:1]  # it prunes nothing at any
+    settings = []
+    for compression in compressions:
+        tried = trials(method, train, compression)
+        if best is not None:
+            tried += further_trials(method, train, best, compression)
+        settings += [Setting(compression, place, trial) for place, trial in enumerate(tried)]
+    return settings
+
+
+def tune(config: CompareConfig, harness: Harness) -> None:
+    """Runs every setting of every method at the compressions of tuning, on the held-out training images."""
+    setup = NETWORKS[config.arch]
+    judged_at = setup.tuning_compressions
+
+    def run(method: str, settings: Sequence[Setting]) -> None:
+        for setting in settings:
+            cells = [(tuning_file(config, config.arch, method, setting, seed), seed) for seed in config.tuning_seeds]
+            fill(harness, cells, method, setting.compression, setting.trial)
 
     for method in config.methods:
-        nine = trials(method, setup.train)
+        nine = tuning_settings(method, setup.train, judged_at)
         run(method, nine)
-        best = chosen(method, tuned_with(config, config.arch, method, nine), setup.tuning_compression)
-        run(method, nine + further_trials(method, setup.train, best))
+        best = chosen(method, tuned_with(config, config.arch, method, nine), judged_at)
+        run(method, tuning_settings(method, setup.train, judged_at, best))
 
 
-def tuning_file(config: CompareConfig, arch: str, method: str, place: int, seed: int) -> Path:
+def tuning_file(config: CompareConfig, arch: str, method: str, setting: Setting, seed: int) -> Path:
     """The file of a setting, by its place in the list of its method's trials."""
     folder = config.results / f"{NETWORKS[arch].load.__name__}_held_out_{arch}"
-    return folder / f"{method}_trial{place}_{seed}.json"
+    name = method if method == "dense" else f"{method}_{setting.compression}"
+    return folder / f"{name}_trial{setting.place}_{seed}.json"
 
 
-def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable[Trial]) -> list[Cell]:
-    """The runs of tuning, with its seeds, that are there of the settings at the first places of a method's list."""
+def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable[Setting]) -> list[Cell]:
+    """The runs of tuning, with its seeds, that are there of settings of a method."""
     files = [
-        (tuning_file(config, arch, method, place, seed), trial)
-        for place, trial in enumerate(settings)
+        (tuning_file(config, arch, method, setting, seed), setting.trial)
+        for setting in settings
         for seed in config.tuning_seeds
     ]
     found = (stored(path, trial, NETWORKS[arch].train) for path, trial in files)
     return [cell for cell in found if cell is not None]
 
 
-def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
-    """The setting that did best in tuning, at the compression of that.
+def chosen(method: str, tuned: Sequence[Cell], compressions: Sequence[float]) -> Trial:
+    """The setting that did best in tuning, by the mean over its seeds and compressions.
 
     STR has no target: its settings are learning rates and first values of ``s``, with several decays each. Those two
-    are chosen that do best at the compression of tuning, between the decays, or beyond them only if none has it
+    are chosen that do best at the compressions of tuning, between the decays, or beyond them only if none has them
     between; the decay is that of ``decay_for`` then. Of settings that are equally good it is the first in the list.
     """
     groups: dict[Trial, list[Cell]] = {}
@@ -359,8 +389,8 @@ def chosen(method: str, tuned: Sequence[Cell], compression: float) -> Trial:
             # A share of images was divided in float32: equal numbers of them are equal to six digits, and not beyond.
             return True, round(statistics.fmean(cell["top1"] for cell in groups[trial]), 3)
         points = [(mean.achieved, mean.top1) for mean in by_decay(groups[trial])]
-        between = min(points)[0] <= compression <= max(points)[0]
-        return between, at(compression, points)
+        between = min(points)[0] <= min(compressions) and max(compressions) <= max(points)[0]
+        return between, statistics.fmean(at(compression, points) for compression in compressions)
 
     return max(groups, key=merit)
 
@@ -376,19 +406,21 @@ def tuning(config: CompareConfig) -> list[Cell]:
     """
     source = config.settings_of or config.arch
     theirs, ours = NETWORKS[source], NETWORKS[config.arch]
-    every = TRIALS * len(config.tuning_seeds)
+    judged_at = theirs.tuning_compressions
     cells, missing = [], {}
     for method in config.methods:
-        settings = dict(zip(trials(method, theirs.train), trials(method, ours.train), strict=True))
+        settings = tuning_settings(method, theirs.train, judged_at)
+        every = len(settings) // 9 * TRIALS * len(config.tuning_seeds)
         found = tuned_with(config, source, method, settings)
-        if len(found) == len(settings) * len(config.tuning_seeds):
-            best = chosen(method, found, theirs.tuning_compression)
-            further = (further_trials(method, setup.train, best) for setup in (theirs, ours))
-            settings |= zip(*further, strict=True)
-            found = tuned_with(config, source, method, settings)
+        best = chosen(method, found, judged_at) if len(found) == len(settings) * len(config.tuning_seeds) else None
+        settings = tuning_settings(method, theirs.train, judged_at, best)
+        found = tuned_with(config, source, method, settings)
         if len(found) < every:
             missing[method] = every - len(found)
-        cells += [cell | {"trial": dataclasses.asdict(settings[Trial(**cell["trial"])])} for cell in found]
+            continue
+        same_place = tuning_settings(method, ours.train, judged_at, best)
+        own = {setting.trial: mine.trial for setting, mine in zip(settings, same_place, strict=True)}
+        cells += [cell | {"trial": dataclasses.asdict(own[Trial(**cell["trial"])])} for cell in found]
     if missing:
         methods, seeds = " ".join(missing), " ".join(map(str, config.tuning_seeds))
         command = f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds}"
@@ -469,7 +501,7 @@ def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
     folder = config.results / f"{harness.dataset.name}_{config.arch}"
     tuned = tuning(config)
-    judged_at = NETWORKS[config.settings_of or config.arch].tuning_compression
+    judged_at = NETWORKS[config.settings_of or config.arch].tuning_compressions
     settings = {method: chosen(method, tuned, judged_at) for method in config.methods}
     for compression in config.compressions or NETWORKS[config.arch].compressions:
         for method, trial in settings.items():

@@ -181,7 +181,7 @@ def tuning_markdown(cells: Sequence[Cell]) -> str:
     for method in (*LABELS, "dense"):
         groups: dict[str, list[Cell]] = {}
         for cell in select(cells, method=method):
-            groups.setdefault(json.dumps(cell["trial"]), []).append(cell)
+            groups.setdefault(json.dumps([cell["trial"], cell["compression"]]), []).append(cell)
         for group in groups.values():
             trial = group[0]["trial"]
             prune = f"{100 * trial['prune']:g} %" if trial["prune"] else "–"

@@ -1,5 +1,6 @@
 """A target asked for on the command line, the harness, and what the comparison makes of its figures."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -216,7 +217,22 @@ def tuned(method, trial, **figures):
 def test_tuning_chooses_the_best_mean():
     slow, fast = compare.Trial(learning_rate=0.1), compare.Trial(learning_rate=0.2)
     cells = [tuned("one_shot", t, top1=top1) for t, top1 in ((slow, 80), (slow, 90), (fast, 86), (fast, 85))]
-    assert compare.chosen("one_shot", cells, 32) == fast
+    assert compare.chosen("one_shot", cells, (32,)) == fast
+
+
+def test_tuning_chooses_by_all_its_compressions(tune):
+    # Three points better at 32×, and four worse at 128×; STR is between its decays if they lie around both.
+    slow, fast = compare.Trial(learning_rate=0.1), compare.Trial(learning_rate=0.2)
+    rows = ((slow, 32, 90), (slow, 128, 80), (fast, 32, 87), (fast, 128, 84))
+    cells = [tuned("one_shot", t, compression=c, top1=top1) for t, c, top1 in rows]
+    assert compare.chosen("one_shot", cells, (32, 128)) == fast
+    cells = [str_cell(0.1, 1e-3, 16, 90), str_cell(0.1, 4e-3, 64, 89)]
+    assert compare.chosen("str", cells, (32, 128)) == slow
+    cells += [str_cell(0.2, 1e-3, 16, 88), str_cell(0.2, 4e-3, 256, 80)]
+    assert compare.chosen("str", cells, (32, 128)) == fast
+    # LeNet-300-100 has both; a network of which nothing is pruned is none of them.
+    _, ran = tune(lambda *_: 80.0, methods=("ltp", "dense"), tuning_seeds=(0,))
+    assert sorted(collections.Counter(method for method, *_ in ran).items()) == [("dense", 15), ("ltp", 30)]
 
 
 def test_equally_good_settings_are_told_apart_by_their_place():
@@ -225,7 +241,7 @@ def test_equally_good_settings_are_told_apart_by_their_place():
     right = ((slow, 9026), (slow, 9044), (fast, 9056), (fast, 9014))
     cells = [tuned("one_shot", t, top1=100 * float(np.float32(n) / np.float32(10_000))) for t, n in right]
     assert sum(cell["top1"] for cell in cells[:2]) < sum(cell["top1"] for cell in cells[2:])
-    assert compare.chosen("one_shot", cells, 32) == slow
+    assert compare.chosen("one_shot", cells, (32,)) == slow
 
 
 METHODS = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_no_leak")
@@ -244,7 +260,8 @@ def tune(monkeypatch, tmp_path):
                 ran.append((method, place, seed, trial))
                 epochs = compare.NETWORKS[harness.arch].train.epochs
                 figures = {"achieved": 6e3 * trial.weight_decay or 1.0, "top1": tune.top1(place, trial)}
-                write_json(path, tuned(method, trial, seed=seed, epochs_trained=epochs) | figures)
+                about = {"seed": seed, "epochs_trained": epochs, "compression": compression}
+                write_json(path, tuned(method, trial, **about) | figures)
 
     def tune(top1, **options):
         tune.top1 = top1
@@ -274,7 +291,7 @@ def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
     ]
     # If another of the nine is the best, the six are others.
     write_json(
-        compare.tuning_file(config, "lenet5", "gmp_global", 0, 3),
+        compare.tuning_file(config, "lenet5", "gmp_global", compare.Setting(32, 0, nine[0]), 3),
         tuned("gmp_global", nine[0], epochs_trained=5, top1=91.0),
     )
     with pytest.raises(ConfigError, match="6 runs of the tuning on lenet5 are missing"):
@@ -285,9 +302,11 @@ def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
 def test_every_method_has_the_same_number_of_trials():
     for setup in compare.NETWORKS.values():
         for method in METHODS:
-            nine = compare.trials(method, setup.train)
-            for best in nine:
-                assert len({*nine, *compare.further_trials(method, setup.train, best)}) == compare.TRIALS == 15
+            for compression in setup.tuning_compressions:
+                nine = compare.trials(method, setup.train, compression)
+                for best in nine:
+                    further = compare.further_trials(method, setup.train, best, compression)
+                    assert len({*nine, *further}) == compare.TRIALS == 15
 
 
 @pytest.mark.parametrize(
@@ -336,12 +355,12 @@ def test_settings_of_another_network_are_those_at_the_same_place(tune):
     # The eighth of gradual magnitude pruning: half of the run, the largest decay, at the network's own rate of 0.05.
     eighth = compare.Trial(learning_rate=0.05, prune=0.5, weight_decay=2e-3)
     assert compare.trials("gmp_global", ours)[7] == eighth
-    assert compare.chosen("gmp_global", compare.tuning(config), 32) == eighth
+    assert compare.chosen("gmp_global", compare.tuning(config), (32,)) == eighth
     # The six behind the ninth have its decay; the first with the larger rate is the best of all now.
-    path = compare.tuning_file(config, "lenet_300_100", "gmp_global", 12, 0)
+    path = compare.tuning_file(config, "lenet_300_100", "gmp_global", compare.Setting(32, 12, eighth), 0)
     write_json(path, compare_report.read_cell(path) | {"top1": 95.0})
     thirteenth = compare.Trial(learning_rate=0.1, prune=0.2, weight_decay=2e-3)
-    assert compare.chosen("gmp_global", compare.tuning(config), 32) == thirteenth
+    assert compare.chosen("gmp_global", compare.tuning(config), (32,)) == thirteenth
     # Every setting has to have been tried, for as long, or methods would not be tuned alike.
     write_json(path, compare_report.read_cell(path) | {"epochs_trained": 9})
     message = r"1 runs .* tune --arch=lenet_300_100 --methods gmp_global --tuning-seeds 0 1"
@@ -363,9 +382,10 @@ def test_settings_of_str_of_another_network(tune):
         tune(top1, methods=("str",))[0], command="run", arch="resnet20", settings_of="lenet_300_100"
     )
     cells = compare.tuning(config)
-    assert compare.chosen("str", cells, 32) == compare.Trial(learning_rate=0.05, initial=-8.0)
+    assert compare.chosen("str", cells, (32,)) == compare.Trial(learning_rate=0.05, initial=-8.0)
     decays = {cell["trial"]["weight_decay"] for cell in cells if cell["trial"]["initial"] == -8.0}
-    assert sorted(decays) == pytest.approx([p * 1.9 * (10 / 3) / 0.05 for p in (1.2e-4, 2e-4, 3e-4)])
+    products = (1.2e-4, 2e-4, 2.5e-4, 3e-4, 3.5e-4, 4.5e-4)
+    assert sorted(decays) == pytest.approx([p * 1.9 * (10 / 3) / 0.05 for p in products])
 
 
 @pytest.mark.parametrize(
@@ -408,22 +428,22 @@ def test_the_rate_of_str_is_the_best_at_the_compression_of_tuning():
     # At 32×, halfway between 16× and 64×, the first has 85 % and the second 86 %, though the first has the best run.
     cells = [str_cell(0.1, 1e-3, 16, 90), str_cell(0.1, 4e-3, 64, 80)]
     cells += [str_cell(0.2, 1e-3, 16, 87), str_cell(0.2, 4e-3, 64, 85)]
-    assert compare.chosen("str", cells, 32) == compare.Trial(learning_rate=0.2)
+    assert compare.chosen("str", cells, (32,)) == compare.Trial(learning_rate=0.2)
 
 
 def test_the_rate_of_str_is_judged_by_the_means_over_seeds():
     # The first has 90 % at 31.5× and 80 % at 126×: 89.9 at 32×. Seeds of 31.5×, 3 % apart, have no line of their own.
     cells = [str_cell(0.1, 1e-3, 31, 91), str_cell(0.1, 1e-3, 31.5**2 / 31, 89), str_cell(0.1, 4e-3, 126, 80)]
-    assert compare.chosen("str", [*cells, str_cell(0.2, 1e-3, 32, 89.8)], 32).learning_rate == 0.1
-    assert compare.chosen("str", [*cells, str_cell(0.2, 1e-3, 32, 90.0)], 32).learning_rate == 0.2
+    assert compare.chosen("str", [*cells, str_cell(0.2, 1e-3, 32, 89.8)], (32,)).learning_rate == 0.1
+    assert compare.chosen("str", [*cells, str_cell(0.2, 1e-3, 32, 90.0)], (32,)).learning_rate == 0.2
 
 
 def test_str_is_judged_between_its_decays():
     # Beyond 8× the first would have 91 % at 32×, for all that was measured of it.
     cells = [str_cell(0.1, 1e-3, 2, 91), str_cell(0.1, 4e-3, 8, 91)]
-    assert compare.chosen("str", cells, 32).learning_rate == 0.1
+    assert compare.chosen("str", cells, (32,)).learning_rate == 0.1
     cells += [str_cell(0.2, 1e-3, 16, 90), str_cell(0.2, 4e-3, 64, 89)]
-    assert compare.chosen("str", cells, 32).learning_rate == 0.2
+    assert compare.chosen("str", cells, (32,)).learning_rate == 0.2
 
 
 def test_the_decay_of_str_is_interpolated():
@@ -573,13 +593,15 @@ def test_table_of_tuning():
 def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monkeypatch):
     config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
     # Whether all fifteen are there or not, and with the grid that a report is of.
-    compare.tuning_file(config, "lenet_300_100", "ltp", 4, 0).unlink()
+    missing = compare.Setting(32, 4, compare.trials("ltp", compare.NETWORKS["lenet_300_100"].train)[4])
+    compare.tuning_file(config, "lenet_300_100", "ltp", missing, 0).unlink()
     write_json(tmp_path / "fashion_mnist_lenet_300_100" / "ltp_8_0.json", CELLS[0])
     words = ["compare", "report", f"--results={tmp_path}", f"--pictures={tmp_path}"]
     monkeypatch.setattr(sys, "argv", words)
     compare.main()
     lines = (tmp_path / "fashion_mnist_held_out_lenet_300_100" / "table.md").read_text().splitlines()[2:]
-    expected = [80 + place for place in range(15) if place != 4] + [80 + place for place in range(15)]
+    places = [*range(4), *range(5, 15), *range(15)]
+    expected = [80 + place for place in (*places, *range(15), *range(15))]
     assert [float(line.split("|")[-2].split()[0]) for line in lines] == expected
 
 
