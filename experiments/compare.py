@@ -20,7 +20,7 @@ import tyro
 import ltp_jax as ltp
 from experiments import baselines, compare_report, data
 from experiments.compare_report import Cell
-from experiments.config import ConfigError, TrainConfig, require_any, write_json
+from experiments.config import ConfigError, TrainConfig, require, require_any, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, hold_out
@@ -102,6 +102,9 @@ class CompareConfig:
     """Those of tuning, which judges a setting by their mean."""
     settings_of: Literal["lenet_300_100", "lenet5", "resnet20"] | None = None
     """Network whose tuning chooses the settings, relative to each network's own rate; its own if nothing is said."""
+    epochs: int | None = None
+    """Epochs with the method, in a grid of their own; those of the network if nothing is said. Settings are chosen by
+    runs of the network's own length, and what they say in shares of a run is that of this one."""
     data_dir: str | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     workdir: Path = Path("runs/compare")
@@ -117,6 +120,10 @@ class CompareConfig:
         for compression in self.compressions:
             if not 1 < compression < math.inf:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
+        if self.epochs is not None:
+            require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
+            if self.command == "tune":
+                raise ConfigError("--epochs goes with run and report; tuning has the epochs of the network")
         check_seeds("--seeds", self.seeds)
         check_seeds("--tuning-seeds", self.tuning_seeds)
 
@@ -277,9 +284,15 @@ def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any],
     }
 
 
-def fill(harness: Harness, cells: Sequence[tuple[Path, int]], method: str, compression: float, trial: Trial) -> None:
+def fill(
+    harness: Harness,
+    train: TrainConfig,
+    cells: Sequence[tuple[Path, int]],
+    method: str,
+    compression: float,
+    trial: Trial,
+) -> None:
     """Runs those of the cells, given as file and seed, that ``stored`` does not find."""
-    train = NETWORKS[harness.arch].train
     missing = [(path, seed) for path, seed in cells if stored(path, trial, train) is None]
     if not missing:
         return
@@ -345,7 +358,7 @@ def tune(config: CompareConfig, harness: Harness) -> None:
     def run(method: str, settings: Sequence[Setting]) -> None:
         for setting in settings:
             cells = [(tuning_file(config, config.arch, method, setting, seed), seed) for seed in config.tuning_seeds]
-            fill(harness, cells, method, setting.compression, setting.trial)
+            fill(harness, setup.train, cells, method, setting.compression, setting.trial)
 
     for method in config.methods:
         nine = tuning_settings(method, setup.train, judged_at)
@@ -405,7 +418,7 @@ def tuning(config: CompareConfig) -> list[Cell]:
       ConfigError: if a setting of one of the methods was not tried with every seed of tuning.
     """
     source = config.settings_of or config.arch
-    theirs, ours = NETWORKS[source], NETWORKS[config.arch]
+    theirs, ours = NETWORKS[source], own_training(config)
     judged_at = theirs.tuning_compressions
     cells, missing = [], {}
     for method in config.methods:
@@ -418,7 +431,7 @@ def tuning(config: CompareConfig) -> list[Cell]:
         if len(found) < every:
             missing[method] = every - len(found)
             continue
-        same_place = tuning_settings(method, ours.train, judged_at, best)
+        same_place = tuning_settings(method, ours, judged_at, best)
         own = {setting.trial: mine.trial for setting, mine in zip(settings, same_place, strict=True)}
         cells += [cell | {"trial": dataclasses.asdict(own[Trial(**cell["trial"])])} for cell in found]
     if missing:
@@ -497,10 +510,21 @@ def decay_for(compression: float, trial: Trial, own: Sequence[Cell], tuned: Sequ
     return dataclasses.replace(trial, weight_decay=float(f"{math.exp(found):.4g}"))
 
 
+def own_training(config: CompareConfig) -> TrainConfig:
+    """How the network is trained while it is pruned."""
+    train = NETWORKS[config.arch].train
+    return train if config.epochs is None else dataclasses.replace(train, epochs=config.epochs)
+
+
+def grid_folder(config: CompareConfig) -> Path:
+    """Where the runs on the test images are."""
+    longer = "" if config.epochs is None else f"_{config.epochs}_epochs"
+    return config.results / f"{NETWORKS[config.arch].load.__name__}_{config.arch}{longer}"
+
+
 def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
-    folder = config.results / f"{harness.dataset.name}_{config.arch}"
-    tuned = tuning(config)
+    folder, train, tuned = grid_folder(config), own_training(config), tuning(config)
     judged_at = NETWORKS[config.settings_of or config.arch].tuning_compressions
     settings = {method: chosen(method, tuned, judged_at) for method in config.methods}
     for compression in config.compressions or NETWORKS[config.arch].compressions:
@@ -508,19 +532,25 @@ def grid(config: CompareConfig, harness: Harness) -> None:
             name = method if method == "dense" else f"{method}_{compression:g}"
             cells = [(folder / f"{name}_{seed}.json", seed) for seed in config.seeds]
             if method == "str":
-                trial = search_decay(harness, *cells[0], compression, trial, tuned)
-            fill(harness, cells, method, compression, trial)
+                trial = search_decay(harness, train, *cells[0], compression, trial, tuned)
+            fill(harness, train, cells, method, compression, trial)
 
 
 def search_decay(
-    harness: Harness, path: Path, seed: int, compression: float, trial: Trial, tuned: Sequence[Cell]
+    harness: Harness,
+    train: TrainConfig,
+    path: Path,
+    seed: int,
+    compression: float,
+    trial: Trial,
+    tuned: Sequence[Cell],
 ) -> Trial:
     """STR's setting with a decay that brings one seed within 5 % of a compression, or the nearest of five.
 
     More training images than in tuning are more steps, which prune more. Accuracy has no say in it. Every try is kept
     in a folder beside ``path``, for the searches at other compressions too; the one that is chosen becomes ``path``.
     """
-    searched, epochs = path.parent / "str_search", NETWORKS[harness.arch].train.epochs
+    searched = path.parent / "str_search"
 
     def distance(cell: Cell) -> float:
         return abs(math.log(cell["achieved"] / compression))
@@ -528,7 +558,7 @@ def search_decay(
     while True:
         files = sorted([*path.parent.glob(f"str_*_{seed}.json"), *searched.glob(f"*_{seed}.json")])
         same = [cell for cell in map(compare_report.read_cell, files) if without_decay(cell) == trial]
-        same = compare_report.select(same, epochs_trained=epochs)
+        same = compare_report.select(same, epochs_trained=train.epochs)
         tried = {cell["trial"]["weight_decay"]: cell for cell in same}
         own = sorted(tried.values(), key=distance)
         found = decay_for(compression, trial, own, tuned)
@@ -536,7 +566,7 @@ def search_decay(
         if own and (enough or distance(own[0]) < math.log(1.05)):
             write_json(path, own[0] | {"compression": compression})
             return Trial(**own[0]["trial"])
-        fill(harness, [(searched / f"{found.weight_decay:g}_{seed}.json", seed)], "str", compression, found)
+        fill(harness, train, [(searched / f"{found.weight_decay:g}_{seed}.json", seed)], "str", compression, found)
 
 
 def main() -> None:
@@ -544,7 +574,7 @@ def main() -> None:
     config.check()
     setup = NETWORKS[config.arch]
     if config.command == "report":
-        folder = config.results / f"{setup.load.__name__}_{config.arch}"
+        folder = grid_folder(config)
         if not compare_report.read_cells(folder):
             raise ConfigError(f"there are no runs in {folder}: python -m experiments.compare run --arch={config.arch}")
         for path in compare_report.write(folder, config.pictures):

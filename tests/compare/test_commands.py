@@ -184,27 +184,24 @@ def test_hold_out_takes_the_last_training_images():
 
 
 def test_cells_are_kept_and_not_run_again(tmp_path, harness, monkeypatch):
-    monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, TRAIN))
     trial = compare.Trial(learning_rate=0.05, prune=0.5, select=0.75)
     cells = [(tmp_path / "ltp_8_0.json", 0)]
-    compare.fill(harness, cells, "ltp", 8, trial)
+    compare.fill(harness, TRAIN, cells, "ltp", 8, trial)
     cell = json.loads(cells[0][0].read_text())
     assert cell["achieved"] == pytest.approx(8, rel=0.01)
     assert cell["trial"] == dataclasses.asdict(trial)
     assert len(cell["epochs"]) == TRAIN.epochs
     monkeypatch.setattr(compare, "run_cell", lambda *args: pytest.fail("was run again"))
-    compare.fill(harness, cells, "ltp", 8, trial)
+    compare.fill(harness, TRAIN, cells, "ltp", 8, trial)
     # With another setting it is another run.
     other = dataclasses.replace(trial, prune=0.25)
     monkeypatch.setattr(compare, "run_cell", lambda *args: {"achieved": 7.0, "top1": 50.0})
-    compare.fill(harness, cells, "ltp", 8, other)
+    compare.fill(harness, TRAIN, cells, "ltp", 8, other)
     again = json.loads(cells[0][0].read_text())
     assert (again["trial"], again["achieved"]) == (dataclasses.asdict(other), 7.0)
     # And so it is after another number of epochs.
     write_json(cells[0][0], cell)
-    longer = dataclasses.replace(TRAIN, epochs=4)
-    monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, longer))
-    compare.fill(harness, cells, "ltp", 8, trial)
+    compare.fill(harness, dataclasses.replace(TRAIN, epochs=4), cells, "ltp", 8, trial)
     assert json.loads(cells[0][0].read_text())["achieved"] == 7.0
 
 
@@ -253,14 +250,13 @@ def tune(monkeypatch, tmp_path):
     """Tuning with runs that cost nothing: ``tune(top1, **options)`` with ``top1(place, trial)``; what it ran."""
     ran = []
 
-    def fill(harness, cells, method, compression, trial):
+    def fill(harness, train, cells, method, compression, trial):
         for path, seed in cells:
             place = int(path.name.split("trial")[1].split("_")[0])
-            if compare.stored(path, trial, compare.NETWORKS[harness.arch].train) is None:
+            if compare.stored(path, trial, train) is None:
                 ran.append((method, place, seed, trial))
-                epochs = compare.NETWORKS[harness.arch].train.epochs
                 figures = {"achieved": 6e3 * trial.weight_decay or 1.0, "top1": tune.top1(place, trial)}
-                about = {"seed": seed, "epochs_trained": epochs, "compression": compression}
+                about = {"seed": seed, "epochs_trained": train.epochs, "compression": compression}
                 write_json(path, tuned(method, trial, **about) | figures)
 
     def tune(top1, **options):
@@ -388,10 +384,32 @@ def test_settings_of_str_of_another_network(tune):
     assert sorted(decays) == pytest.approx([p * 1.9 * (10 / 3) / 0.05 for p in products])
 
 
+def test_a_grid_of_other_epochs_has_the_settings_of_tuning(tune, monkeypatch):
+    # STR prunes as much in three times the steps with a third of the decay.
+    config, _ = tune(lambda *_: 80.0, methods=("str",))
+    ours, theirs = (
+        {cell["trial"]["weight_decay"] for cell in compare.tuning(dataclasses.replace(config, epochs=epochs))}
+        for epochs in (30, None)
+    )
+    assert sorted(ours) == pytest.approx([decay / 3 for decay in sorted(theirs)])
+    # The ninth setting of magnitude pruning prunes until 80 % of the run with a decay of 2e-3, whatever its length.
+    config, _ = tune(lambda place, trial: 80.0 + (place == 8), methods=("gmp_global",))
+    config = dataclasses.replace(config, command="run", epochs=30, compressions=(8,), seeds=(4,))
+    ran = []
+    monkeypatch.setattr(compare, "fill", lambda harness, *args: ran.append(args))
+    compare.grid(config, None)
+    train = dataclasses.replace(compare.NETWORKS["lenet_300_100"].train, epochs=30)
+    path = config.results / "fashion_mnist_lenet_300_100_30_epochs" / "gmp_global_8_4.json"
+    ninth = compare.Trial(learning_rate=0.1, prune=0.8, weight_decay=2e-3)
+    assert ran == [(train, [(path, 4)], "gmp_global", 8, ninth)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ({"seeds": ()}, "--seeds is empty"),
+        ({"epochs": 0}, "--epochs is 0; accepted is 1 or more"),
+        ({"epochs": 30, "command": "tune"}, "--epochs goes with run and report"),
         ({"methods": ()}, "--methods is empty"),
         ({"compressions": (0.5,)}, "--compressions has 0.5; accepted is a finite number, more than 1"),
         ({"compressions": (8, np.inf)}, "--compressions has inf; accepted is a finite number"),
@@ -402,7 +420,7 @@ def test_settings_of_str_of_another_network(tune):
 )
 def test_impossible_grids_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        compare.CompareConfig(command="run", **words).check()
+        compare.CompareConfig(**{"command": "run"} | words).check()
 
 
 def test_help_tells_the_command(monkeypatch, capsys):
@@ -412,11 +430,10 @@ def test_help_tells_the_command(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: python -m experiments.compare ")
 
 
-def test_compression_that_a_method_cannot_meet_is_refused(tmp_path, harness, monkeypatch):
-    monkeypatch.setitem(compare.NETWORKS, "digits", compare.Setup(digits, harness.pretrain, TRAIN))
+def test_compression_that_a_method_cannot_meet_is_refused(tmp_path, harness):
     trial = compare.Trial(learning_rate=0.05, prune=0.5, select=0.75)
     with pytest.raises(ConfigError, match="--compressions has 300000, which ltp cannot meet"):
-        compare.fill(harness, [(tmp_path / "ltp.json", 0)], "ltp", 300_000, trial)
+        compare.fill(harness, TRAIN, [(tmp_path / "ltp.json", 0)], "ltp", 300_000, trial)
 
 
 def str_cell(rate, decay, compression, top1):
@@ -474,15 +491,15 @@ def searched(monkeypatch):
     decays = []
 
     def search(path, compression, achieved):
-        def fill(harness, cells, method, compression, trial):
+        def fill(harness, train, cells, method, compression, trial):
             decays.append(trial.weight_decay)
             figures = {"achieved": achieved(trial.weight_decay), "top1": 80.0}
             cell = tuned("str", trial, seed=0, compression=compression, **figures)
             write_json(cells[0][0], cell)
 
         monkeypatch.setattr(compare, "fill", fill)
-        harness, trial = types.SimpleNamespace(arch="lenet_300_100"), compare.Trial(learning_rate=0.1)
-        return compare.search_decay(harness, path, 0, compression, trial, tuned_cells)
+        train, trial = compare.NETWORKS["lenet_300_100"].train, compare.Trial(learning_rate=0.1)
+        return compare.search_decay(None, train, path, 0, compression, trial, tuned_cells)
 
     return search, decays
 

@@ -35,10 +35,9 @@ def harness(tmp_path_factory):
 @pytest.mark.parametrize("method", TRIALS)
 def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
     trained, compiled, trial = [], harness.compiled, TRIALS[method]
-    monkeypatch.setitem(compare.NETWORKS, "lenet_300_100", compare.Setup(digits, TRAIN, TRAIN))
     network = harness.dense_network(1)
     monkeypatch.setattr(harness, "compiled", lambda pruner, train: trained.append(train) or compiled(pruner, train))
-    compare.fill(harness, [(tmp_path / "cell.json", 1)], method, 8.0, trial)
+    compare.fill(harness, TRAIN, [(tmp_path / "cell.json", 1)], method, 8.0, trial)
 
     cell = compare_report.read_cell(tmp_path / "cell.json")
     about = {"network": "lenet_300_100", "dataset": "digits", "method": method, "seed": 1, "epochs_trained": 2}
