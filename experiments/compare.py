@@ -100,6 +100,9 @@ class CompareConfig:
     """Of the dense network, the order of the data, and nothing else."""
     tuning_seeds: tuple[int, ...] = (0, 1)
     """Those of tuning, which judges a setting by their mean."""
+    tuning_compressions: tuple[Literal[32, 128], ...] = ()
+    """Those that settings are judged at, by the mean over them; 32, and on lenet_300_100 128, too, if nothing is
+    said."""
     settings_of: Literal["lenet_300_100", "lenet5", "resnet20"] | None = None
     """Network whose tuning chooses the settings, relative to each network's own rate; its own if nothing is said."""
     epochs: int | None = None
@@ -350,10 +353,14 @@ def tuning_settings(
     return settings
 
 
+def judged(config: CompareConfig) -> Sequence[int]:
+    """The compressions of tuning."""
+    return config.tuning_compressions or NETWORKS[config.settings_of or config.arch].tuning_compressions
+
+
 def tune(config: CompareConfig, harness: Harness) -> None:
     """Runs every setting of every method at the compressions of tuning, on the held-out training images."""
-    setup = NETWORKS[config.arch]
-    judged_at = setup.tuning_compressions
+    setup, judged_at = NETWORKS[config.arch], judged(config)
 
     def run(method: str, settings: Sequence[Setting]) -> None:
         for setting in settings:
@@ -419,7 +426,7 @@ def tuning(config: CompareConfig) -> list[Cell]:
     """
     source = config.settings_of or config.arch
     theirs, ours = NETWORKS[source], own_training(config)
-    judged_at = theirs.tuning_compressions
+    judged_at = judged(config)
     cells, missing = [], {}
     for method in config.methods:
         settings = tuning_settings(method, theirs.train, judged_at)
@@ -435,8 +442,11 @@ def tuning(config: CompareConfig) -> list[Cell]:
         own = {setting.trial: mine.trial for setting, mine in zip(settings, same_place, strict=True)}
         cells += [cell | {"trial": dataclasses.asdict(own[Trial(**cell["trial"])])} for cell in found]
     if missing:
-        methods, seeds = " ".join(missing), " ".join(map(str, config.tuning_seeds))
-        command = f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds}"
+        methods, seeds, at_each = (" ".join(map(str, words)) for words in (missing, config.tuning_seeds, judged_at))
+        command = (
+            f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds} "
+            f"--tuning-compressions {at_each}"
+        )
         raise ConfigError(f"{sum(missing.values())} runs of the tuning on {source} are missing: {command}")
     return cells
 
@@ -525,8 +535,7 @@ def grid_folder(config: CompareConfig) -> Path:
 def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
     folder, train, tuned = grid_folder(config), own_training(config), tuning(config)
-    judged_at = NETWORKS[config.settings_of or config.arch].tuning_compressions
-    settings = {method: chosen(method, tuned, judged_at) for method in config.methods}
+    settings = {method: chosen(method, tuned, judged(config)) for method in config.methods}
     for compression in config.compressions or NETWORKS[config.arch].compressions:
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"

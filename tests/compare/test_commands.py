@@ -227,9 +227,13 @@ def test_tuning_chooses_by_all_its_compressions(tune):
     assert compare.chosen("str", cells, (32, 128)) == slow
     cells += [str_cell(0.2, 1e-3, 16, 88), str_cell(0.2, 4e-3, 256, 80)]
     assert compare.chosen("str", cells, (32, 128)) == fast
-    # LeNet-300-100 has both; a network of which nothing is pruned is none of them.
-    _, ran = tune(lambda *_: 80.0, methods=("ltp", "dense"), tuning_seeds=(0,))
-    assert sorted(collections.Counter(method for method, *_ in ran).items()) == [("dense", 15), ("ltp", 30)]
+    # LeNet-300-100 has both, if it is not told otherwise; a network of which nothing is pruned is at none of them.
+    options = {"methods": ("ltp", "dense"), "tuning_seeds": (0,)}
+    for compressions, expected in (((), 30), ((128,), 0)):
+        config, ran = tune(lambda *_: 80.0, tuning_compressions=compressions, **options)
+        counts = collections.Counter(method for method, *_ in ran)
+        assert (counts["dense"], counts["ltp"]) == (expected // 2, expected)
+        assert len(compare.tuning(config)) == (45 if expected else 30)
 
 
 def test_equally_good_settings_are_told_apart_by_their_place():
