@@ -486,12 +486,14 @@ def differ(one: float, other: float) -> bool:
 
 def at(compression: float, points: Sequence[tuple[float, float]]) -> float:
     """A figure at a compression, from ``(compression, figure)`` of settings: on the line, in the logarithm of the
-    compression, through the two nearest different ones."""
+    compression, through the nearest on either side, or the two nearest different ones if it lies beyond them all."""
     nearest = sorted(points, key=lambda point: abs(math.log(point[0] / compression)))
     first = nearest[0]
-    second = next((point for point in nearest if differ(point[0], first[0])), first)
-    if second is first:
+    others = [point for point in nearest if differ(point[0], first[0])]
+    if not others:
         return first[1]
+    beyond = [point for point in others if (point[0] < compression) != (first[0] < compression)]
+    second = (beyond or others)[0]
     share = math.log(compression / first[0]) / math.log(second[0] / first[0])
     return first[1] + share * (second[1] - first[1])
 

@@ -467,6 +467,15 @@ def test_str_is_judged_between_its_decays():
     assert compare.chosen("str", cells, (32,)).learning_rate == 0.2
 
 
+def test_a_figure_is_read_off_the_line_between_the_nearest_on_either_side():
+    # 128× is nearer to two that are sparser, on a steeper slope, than to 32×: halfway from 32× to 512×, in logarithms.
+    points = [(512, 84.0), (32, 90.0), (1024, 70.0), (8, 91.0)]
+    assert compare.at(128, points) == pytest.approx(87)
+    assert compare.at(2048, points) == pytest.approx(56)  # beyond them all
+    assert compare.at(32, points) == pytest.approx(90)
+    assert compare.at(33, [(32, 90.0), (32.3, 91.0)]) == 91.0  # less than 2 % apart they have no line
+
+
 def test_the_decay_of_str_is_interpolated():
     # Compression 4 at 1e-4 and 16 at 4e-4: halfway between them, in logarithms, lies 8 at 2e-4, and beyond 32 at 8e-4.
     trial = compare.Trial(learning_rate=0.1)
