@@ -106,8 +106,8 @@ class CompareConfig:
     settings_of: Literal["lenet_300_100", "lenet5", "resnet20"] | None = None
     """Network whose tuning chooses the settings, relative to each network's own rate; its own if nothing is said."""
     epochs: int | None = None
-    """Epochs with the method, in a grid of their own; those of the network if nothing is said. Settings are chosen by
-    runs of the network's own length, and what they say in shares of a run is that of this one."""
+    """Epochs with the method, in a comparison and with a tuning of their own; those of the network if nothing is
+    said."""
     data_dir: str | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     workdir: Path = Path("runs/compare")
@@ -125,8 +125,6 @@ class CompareConfig:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
         if self.epochs is not None:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
-            if self.command == "tune":
-                raise ConfigError("--epochs goes with run and report; tuning has the epochs of the network")
         check_seeds("--seeds", self.seeds)
         check_seeds("--tuning-seeds", self.tuning_seeds)
 
@@ -330,6 +328,18 @@ def stored(path: Path, trial: Trial, train: TrainConfig) -> Cell | None:
     return cell
 
 
+def training(config: CompareConfig, arch: str) -> TrainConfig:
+    """How a network is trained while it is pruned."""
+    train = NETWORKS[arch].train
+    return train if config.epochs is None else dataclasses.replace(train, epochs=config.epochs)
+
+
+def folder(config: CompareConfig, arch: str, *, held_out: bool = False) -> Path:
+    """Where the runs on the test images, or those of tuning on held-out images, are."""
+    longer = "" if config.epochs is None else f"_{config.epochs}_epochs"
+    return config.results / f"{NETWORKS[arch].load.__name__}{'_held_out' if held_out else ''}_{arch}{longer}"
+
+
 class Setting(NamedTuple):
     """A setting that is tried in tuning, with its place in the list of its method, at one of tuning's compressions."""
 
@@ -360,25 +370,24 @@ def judged(config: CompareConfig) -> Sequence[int]:
 
 def tune(config: CompareConfig, harness: Harness) -> None:
     """Runs every setting of every method at the compressions of tuning, on the held-out training images."""
-    setup, judged_at = NETWORKS[config.arch], judged(config)
+    train, judged_at = training(config, config.arch), judged(config)
 
     def run(method: str, settings: Sequence[Setting]) -> None:
         for setting in settings:
             cells = [(tuning_file(config, config.arch, method, setting, seed), seed) for seed in config.tuning_seeds]
-            fill(harness, setup.train, cells, method, setting.compression, setting.trial)
+            fill(harness, train, cells, method, setting.compression, setting.trial)
 
     for method in config.methods:
-        nine = tuning_settings(method, setup.train, judged_at)
+        nine = tuning_settings(method, train, judged_at)
         run(method, nine)
         best = chosen(method, tuned_with(config, config.arch, method, nine), judged_at)
-        run(method, tuning_settings(method, setup.train, judged_at, best))
+        run(method, tuning_settings(method, train, judged_at, best))
 
 
 def tuning_file(config: CompareConfig, arch: str, method: str, setting: Setting, seed: int) -> Path:
     """The file of a setting, by its place in the list of its method's trials."""
-    folder = config.results / f"{NETWORKS[arch].load.__name__}_held_out_{arch}"
     name = method if method == "dense" else f"{method}_{setting.compression}"
-    return folder / f"{name}_trial{setting.place}_{seed}.json"
+    return folder(config, arch, held_out=True) / f"{name}_trial{setting.place}_{seed}.json"
 
 
 def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable[Setting]) -> list[Cell]:
@@ -388,7 +397,7 @@ def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable
         for setting in settings
         for seed in config.tuning_seeds
     ]
-    found = (stored(path, trial, NETWORKS[arch].train) for path, trial in files)
+    found = (stored(path, trial, training(config, arch)) for path, trial in files)
     return [cell for cell in found if cell is not None]
 
 
@@ -425,15 +434,15 @@ def tuning(config: CompareConfig) -> list[Cell]:
       ConfigError: if a setting of one of the methods was not tried with every seed of tuning.
     """
     source = config.settings_of or config.arch
-    theirs, ours = NETWORKS[source], own_training(config)
+    theirs, ours = training(config, source), training(config, config.arch)
     judged_at = judged(config)
     cells, missing = [], {}
     for method in config.methods:
-        settings = tuning_settings(method, theirs.train, judged_at)
+        settings = tuning_settings(method, theirs, judged_at)
         every = len(settings) // 9 * TRIALS * len(config.tuning_seeds)
         found = tuned_with(config, source, method, settings)
         best = chosen(method, found, judged_at) if len(found) == len(settings) * len(config.tuning_seeds) else None
-        settings = tuning_settings(method, theirs.train, judged_at, best)
+        settings = tuning_settings(method, theirs, judged_at, best)
         found = tuned_with(config, source, method, settings)
         if len(found) < every:
             missing[method] = every - len(found)
@@ -445,7 +454,7 @@ def tuning(config: CompareConfig) -> list[Cell]:
         methods, seeds, at_each = (" ".join(map(str, words)) for words in (missing, config.tuning_seeds, judged_at))
         command = (
             f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds} "
-            f"--tuning-compressions {at_each}"
+            f"--tuning-compressions {at_each}" + ("" if config.epochs is None else f" --epochs={config.epochs}")
         )
         raise ConfigError(f"{sum(missing.values())} runs of the tuning on {source} are missing: {command}")
     return cells
@@ -522,26 +531,14 @@ def decay_for(compression: float, trial: Trial, own: Sequence[Cell], tuned: Sequ
     return dataclasses.replace(trial, weight_decay=float(f"{math.exp(found):.4g}"))
 
 
-def own_training(config: CompareConfig) -> TrainConfig:
-    """How the network is trained while it is pruned."""
-    train = NETWORKS[config.arch].train
-    return train if config.epochs is None else dataclasses.replace(train, epochs=config.epochs)
-
-
-def grid_folder(config: CompareConfig) -> Path:
-    """Where the runs on the test images are."""
-    longer = "" if config.epochs is None else f"_{config.epochs}_epochs"
-    return config.results / f"{NETWORKS[config.arch].load.__name__}_{config.arch}{longer}"
-
-
 def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
-    folder, train, tuned = grid_folder(config), own_training(config), tuning(config)
+    train, tuned = training(config, config.arch), tuning(config)
     settings = {method: chosen(method, tuned, judged(config)) for method in config.methods}
     for compression in config.compressions or NETWORKS[config.arch].compressions:
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"
-            cells = [(folder / f"{name}_{seed}.json", seed) for seed in config.seeds]
+            cells = [(folder(config, config.arch) / f"{name}_{seed}.json", seed) for seed in config.seeds]
             if method == "str":
                 trial = search_decay(harness, train, *cells[0], compression, trial, tuned)
             fill(harness, train, cells, method, compression, trial)
@@ -585,12 +582,11 @@ def main() -> None:
     config.check()
     setup = NETWORKS[config.arch]
     if config.command == "report":
-        folder = grid_folder(config)
-        if not compare_report.read_cells(folder):
-            raise ConfigError(f"there are no runs in {folder}: python -m experiments.compare run --arch={config.arch}")
-        for path in compare_report.write(folder, config.pictures):
+        runs, held_out = folder(config, config.arch), folder(config, config.arch, held_out=True)
+        if not compare_report.read_cells(runs):
+            raise ConfigError(f"there are no runs in {runs}: python -m experiments.compare run --arch={config.arch}")
+        for path in compare_report.write(runs, config.pictures):
             print(path)
-        held_out = config.results / f"{setup.load.__name__}_held_out_{config.arch}"
         if cells := compare_report.read_cells(held_out):
             (held_out / "table.md").write_text(compare_report.tuning_markdown(cells))
             print(held_out / "table.md")

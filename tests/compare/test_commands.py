@@ -388,17 +388,21 @@ def test_settings_of_str_of_another_network(tune):
     assert sorted(decays) == pytest.approx([p * 1.9 * (10 / 3) / 0.05 for p in products])
 
 
-def test_a_grid_of_other_epochs_has_the_settings_of_tuning(tune, monkeypatch):
+def test_a_comparison_of_other_epochs_is_another_one(tune, monkeypatch):
     # STR prunes as much in three times the steps with a third of the decay.
-    config, _ = tune(lambda *_: 80.0, methods=("str",))
-    ours, theirs = (
-        {cell["trial"]["weight_decay"] for cell in compare.tuning(dataclasses.replace(config, epochs=epochs))}
-        for epochs in (30, None)
-    )
-    assert sorted(ours) == pytest.approx([decay / 3 for decay in sorted(theirs)])
-    # The ninth setting of magnitude pruning prunes until 80 % of the run with a decay of 2e-3, whatever its length.
-    config, _ = tune(lambda place, trial: 80.0 + (place == 8), methods=("gmp_global",))
+    options = {"methods": ("str",), "tuning_seeds": (0,)}
+    _, own = tune(lambda *_: 80.0, **options)
+    decays = [trial.weight_decay for *_, trial in own]
+    _, ran = tune(lambda *_: 80.0, epochs=30, **options)
+    assert [trial.weight_decay for *_, trial in ran] == pytest.approx([decay / 3 for decay in decays])
+    # What is tuned with the network's own ten is of no use.
+    options = {"methods": ("gmp_global",), "tuning_seeds": (0,)}
+    config, _ = tune(lambda *_: 90.0, **options)
     config = dataclasses.replace(config, command="run", epochs=30, compressions=(8,), seeds=(4,))
+    with pytest.raises(ConfigError, match=r"30 runs .* are missing: .* --tuning-compressions 32 128 --epochs=30"):
+        compare.tuning(config)
+    # The ninth setting prunes until 80 % of the run with a decay of 2e-3, whatever its length.
+    tune(lambda place, trial: 80.0 + (place == 8), epochs=30, **options)
     ran = []
     monkeypatch.setattr(compare, "fill", lambda harness, *args: ran.append(args))
     compare.grid(config, None)
@@ -413,7 +417,6 @@ def test_a_grid_of_other_epochs_has_the_settings_of_tuning(tune, monkeypatch):
     [
         ({"seeds": ()}, "--seeds is empty"),
         ({"epochs": 0}, "--epochs is 0; accepted is 1 or more"),
-        ({"epochs": 30, "command": "tune"}, "--epochs goes with run and report"),
         ({"methods": ()}, "--methods is empty"),
         ({"compressions": (0.5,)}, "--compressions has 0.5; accepted is a finite number, more than 1"),
         ({"compressions": (8, np.inf)}, "--compressions has inf; accepted is a finite number"),
