@@ -76,16 +76,16 @@ def prepare(harness: Harness, variant: Variant, network: Network) -> tuple[Run, 
     )
     steps = harness.steps(train)
     pruner = variant.make(Job(harness.plan, steps, network, harness.dataset.train_images))
+    schedule = None if variant.rate is None else variant.rate(train.peak_learning_rate, steps)
     optimizer = None
     if variant.decay_until < 1:
         decay = kernel_decay(
             lambda step: jnp.where(jnp.asarray(step) < variant.decay_until * steps, variant.weight_decay, 0.0)
         )
-        undecayed = weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs)
+        undecayed = weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs, schedule)
         optimizer = optax.chain(decay, undecayed)
-    elif variant.rate is not None:
-        sgd = optax.sgd(variant.rate(train.peak_learning_rate, steps), momentum=train.momentum, nesterov=True)
-        optimizer = optax.chain(kernel_decay(variant.weight_decay), sgd)
+    elif schedule is not None:
+        optimizer = weights_optimizer(train, steps // train.epochs, schedule)
     return harness.compiled(pruner, train, variant.distill, optimizer), pruner
 
 

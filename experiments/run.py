@@ -158,15 +158,24 @@ def network_uses(module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> dict[st
     return uses_per_input(module, images, plan, train=False)
 
 
-def weights_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum, warm-up and cosine; weight decay on tensors of two and more dimensions."""
+def weights_optimizer(
+    config: TrainConfig, steps_per_epoch: int, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """SGD with momentum; weight decay on tensors of two and more dimensions.
+
+    Args:
+      config: the training.
+      steps_per_epoch: its training steps.
+      schedule: of the learning rate; warm-up and cosine if nothing is said.
+    """
     steps = config.epochs * steps_per_epoch
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_epochs else config.peak_learning_rate,
-        peak_value=config.peak_learning_rate,
-        warmup_steps=min(round(config.warmup_epochs * steps_per_epoch), steps - 1),
-        decay_steps=steps,
-    )
+    if schedule is None:
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if config.warmup_epochs else config.peak_learning_rate,
+            peak_value=config.peak_learning_rate,
+            warmup_steps=min(round(config.warmup_epochs * steps_per_epoch), steps - 1),
+            decay_steps=steps,
+        )
     sgd = optax.sgd(schedule, momentum=config.momentum, nesterov=True)
     if not config.weight_decay:
         return sgd

@@ -191,3 +191,22 @@ def test_how_a_variant_trains(tmp_path, monkeypatch):
         updates, state = until.update({"kernel": jnp.zeros((1, 1))}, state, params)
         expected = -float(rate(step)) * (0.9 * momentum + decay)
         assert float(updates["kernel"][0, 0]) == pytest.approx(expected, rel=1e-3), step
+
+
+def test_the_rate_of_a_variant(tmp_path, monkeypatch):
+    # A peak of 0.2 over 90 steps: halfway down its fall the rate is half of what it fell from.
+    harness = Harness(digits(), "lenet_300_100", tmp_path, TrainConfig(epochs=1, batch_size=128, learning_rate=0.1))
+    seen = []
+    monkeypatch.setattr(harness, "compiled", lambda *args: seen.append(args[-1]))
+    rates = {0: 0.2, 17: 0.2, 54: 0.1}, {0: 0.2, 18: 0.1, 36: 0.1, 63: 0.05}
+    for rate in (ablation_variants.held(0.2), ablation_variants.restarted(0.4, 0.5)):
+        ablation.prepare(harness, Variant(ablation_variants.targeted(), 0.2, 0.0, rate=rate), {})
+    for optimizer, expected in zip(seen, rates, strict=True):
+        params = {"kernel": jnp.ones((1, 1))}
+        state, momentum = optimizer.init(params), 0.0
+        for step in range(90):
+            momentum = 0.9 * momentum + 1
+            updates, state = optimizer.update(params, state, params)
+            if step in expected:
+                rate = -float(updates["kernel"][0, 0]) / (0.9 * momentum + 1)
+                assert rate == pytest.approx(expected[step], rel=1e-3), step
