@@ -452,12 +452,22 @@ def tuning(config: CompareConfig) -> list[Cell]:
         cells += [cell | {"trial": dataclasses.asdict(own[Trial(**cell["trial"])])} for cell in found]
     if missing:
         methods, seeds, at_each = (" ".join(map(str, words)) for words in (missing, config.tuning_seeds, judged_at))
-        command = (
-            f"python -m experiments.compare tune --arch={source} --methods {methods} --tuning-seeds {seeds} "
-            f"--tuning-compressions {at_each}" + ("" if config.epochs is None else f" --epochs={config.epochs}")
+        options = f"--methods {methods} --tuning-seeds {seeds} --tuning-compressions {at_each}"
+        raise ConfigError(
+            f"{sum(missing.values())} runs of the tuning on {source} are missing: "
+            f"{command_for(config, 'tune', source)} {options}"
         )
-        raise ConfigError(f"{sum(missing.values())} runs of the tuning on {source} are missing: {command}")
     return cells
+
+
+def command_for(config: CompareConfig, command: str, arch: str) -> str:
+    """Another command on the same figures, without the options that say which of them."""
+    words = ["python -m experiments.compare", command, f"--arch={arch}"]
+    if config.epochs is not None:
+        words.append(f"--epochs={config.epochs}")
+    if config.results != CompareConfig.results:
+        words.append(f"--results={config.results}")
+    return " ".join(words)
 
 
 def without_decay(cell: Cell) -> Trial:
@@ -584,7 +594,7 @@ def main() -> None:
     if config.command == "report":
         runs, held_out = folder(config, config.arch), folder(config, config.arch, held_out=True)
         if not compare_report.read_cells(runs):
-            raise ConfigError(f"there are no runs in {runs}: python -m experiments.compare run --arch={config.arch}")
+            raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run', config.arch)}")
         for path in compare_report.write(runs, config.pictures):
             print(path)
         if cells := compare_report.read_cells(held_out):

@@ -4,12 +4,14 @@ import collections
 import dataclasses
 import itertools
 import json
+import shlex
 import shutil
 import sys
 
 import jax
 import numpy as np
 import pytest
+import tyro
 from flax import traverse_util
 
 import ltp_jax as ltp
@@ -362,7 +364,7 @@ def test_settings_of_another_network_are_those_at_the_same_place(tune):
     assert compare.chosen("gmp_global", compare.tuning(config), (32,)) == thirteenth
     # Every setting has to have been tried, for as long, or methods would not be tuned alike.
     write_json(path, compare_report.read_cell(path) | {"epochs_trained": 9})
-    message = r"1 runs .* tune --arch=lenet_300_100 --methods gmp_global --tuning-seeds 0 1"
+    message = r"1 runs .* tune --arch=lenet_300_100 --results=.* --methods gmp_global --tuning-seeds 0 1"
     with pytest.raises(ConfigError, match=message):
         compare.tuning(config)
     path.unlink()
@@ -370,6 +372,30 @@ def test_settings_of_another_network_are_those_at_the_same_place(tune):
         compare.tuning(config)
     with pytest.raises(ConfigError, match=r"30 runs of the tuning on resnet20 are missing: .* tune --arch=resnet20"):
         compare.tuning(dataclasses.replace(config, settings_of=None))
+
+
+@pytest.mark.parametrize("words", [[], ["--arch=lenet5", "--epochs=30", "--tuning-seeds", "2", "3"]])
+def test_what_to_do_when_runs_are_missing_makes_them(tmp_path, monkeypatch, words):
+    """The commands of both messages are about the very files that are missed."""
+
+    def advice(error):
+        prefix = "python -m experiments.compare "
+        return tyro.cli(compare.CompareConfig, args=shlex.split(str(error.value).split(prefix)[1]))
+
+    words = [*words, f"--results={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["compare", "report", *words])
+    with pytest.raises(ConfigError, match="no runs in") as error:
+        compare.main()
+    config, advised = tyro.cli(compare.CompareConfig, args=["run", *words]), advice(error)
+    assert advised.command == "run"
+    assert compare.folder(advised, advised.arch) == compare.folder(config, config.arch)
+    with pytest.raises(ConfigError, match="are missing") as error:
+        compare.tuning(config)
+    advised = advice(error)
+    assert advised.command == "tune"
+    assert (advised.tuning_seeds, advised.methods) == (config.tuning_seeds, config.methods)
+    assert compare.judged(advised) == compare.judged(config)
+    assert compare.folder(advised, advised.arch, held_out=True) == compare.folder(config, config.arch, held_out=True)
 
 
 def test_settings_of_str_of_another_network(tune):
@@ -398,7 +424,7 @@ def test_a_comparison_of_other_epochs_is_another_one(tune, monkeypatch):
     options = {"methods": ("gmp_global",), "tuning_seeds": (0,)}
     config, _ = tune(lambda *_: 90.0, **options)
     config = dataclasses.replace(config, command="run", epochs=30, compressions=(8,), seeds=(4,))
-    with pytest.raises(ConfigError, match=r"30 runs .* are missing: .* --tuning-compressions 32 128 --epochs=30"):
+    with pytest.raises(ConfigError, match=r"30 runs .* are missing: .* --epochs=30 .* --tuning-compressions 32 128"):
         compare.tuning(config)
     # The ninth setting prunes until 80 % of the run with a decay of 2e-3, whatever its length.
     tune(lambda place, trial: 80.0 + (place == 8), epochs=30, **options)
