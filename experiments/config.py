@@ -91,8 +91,8 @@ class LtpConfig:
     select: float = 0.75
     """With a target: share of the run after which the masks are fixed."""
     leak: float | None = None
-    """With a target: share of its gradient that a pruned weight gets until the masks are fixed, to come back by it; 0.1
-    if nothing is said. 0 is the paper's eq. 14."""
+    """With a target: share of its gradient that a pruned weight gets at first, to come back by it, and which falls to
+    zero by the time the masks are fixed; 0.3 if nothing is said. 0 is the paper's eq. 14."""
     exact_gradient: bool = False
     """Differentiate the mask with respect to the weights, too, instead of eq. 14."""
     l0_to_weights: bool = False

@@ -209,7 +209,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
                 prune_steps=prune_steps,
                 select_steps=max(round(config.select * steps), prune_steps),
                 t0=config.temperature,
-                leak=0.1 if config.leak is None else config.leak,
+                leak=0.3 if config.leak is None else config.leak,
                 costs=None if macs is None else uses(),
             )
         except ValueError as error:
