@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 import ltp_jax as ltp
 from experiments.baselines import gradual_magnitude
@@ -107,6 +108,23 @@ def annealed(make: Make, end: float, until: float) -> Make:
             temperatures = {path: t * factor for path, t in state.prune.temperatures.items()}
             cooled = state.replace(prune=state.prune.replace(temperatures=temperatures))
             return pruner.soften(params, thresholds, cooled, step)
+
+        return pruner._replace(soften=soften)
+
+    return made
+
+
+def leaking(make: Make, leak: Callable[[jax.Array], ArrayLike], until: float = 0.75) -> Make:
+    """A leak by another rule: ``leak(rest)`` of what is left of the selection, which ends after a share of the run."""
+
+    def made(job: Job) -> Pruner:
+        pruner = make(job)
+
+        def soften(params, thresholds, state, step):
+            rest = jnp.clip(1 - step / (until * job.steps), 0, 1)
+            now = jnp.where(state.fixed, 0.0, leak(rest))
+            pruned = ltp.soft_prune(params, state.prune.replace(thresholds=thresholds), leak=now)
+            return pruned, jnp.zeros((), jnp.float32)
 
         return pruner._replace(soften=soften)
 
@@ -291,12 +309,18 @@ IDEAS: dict[str, Variant] = {
     "target, T0 5e-2": Variant(targeted(t0=5e-2)),
     "target, T0 falls from 5e-2 to 1e-3": Variant(annealed(targeted(t0=5e-2), 0.02, 0.75)),
     "target, T0 1e-1": Variant(targeted(t0=1e-1)),
-    "target, leak 0.01": Variant(targeted(leak=0.01)),
-    "target, leak 0.03": Variant(targeted(leak=0.03)),
-    "target, leak 0.1": Variant(targeted(leak=0.1)),
-    "target, leak 0.1, pruned within 80 %, selects until 90 %": Variant(targeted(leak=0.1, prune=0.8, select=0.9)),
-    "target, leak 0.3": Variant(targeted(leak=0.3)),
-    "target, leak 1: dense gradients": Variant(targeted(leak=1.0)),
+    "target, leak of 0.01 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.01)),
+    "target, leak of 0.03 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.03)),
+    "target, leak of 0.1 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.1)),
+    "target, leak of 0.1 until masks are fixed, pruned within 80 %, selects until 90 %": Variant(
+        leaking(targeted(prune=0.8, select=0.9), lambda rest: 0.1, until=0.9)
+    ),
+    "target, leak of 0.3 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.3)),
+    "target, leak of 1 until masks are fixed": Variant(leaking(targeted(), lambda rest: 1.0)),
+    "target, leak falls from 0.1": Variant(targeted(leak=0.1)),
+    "target, leak falls from 0.3": Variant(targeted(leak=0.3)),
+    "target, leak falls from 1": Variant(targeted(leak=1.0)),
+    "target, leak falls from 0.3 with the square of the rest": Variant(leaking(targeted(), lambda rest: 0.3 * rest**2)),
     "target, in units of the pixels' spread": Variant(in_units(targeted(), pixel_spreads(1.0))),
     "target, in units of the root of the pixels' spread": Variant(in_units(targeted(), pixel_spreads(0.5))),
     "target, in units of all inputs' spread": Variant(in_units(targeted(), activation_spreads(True, False))),

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -56,6 +57,22 @@ def test_the_temperature_falls_within_its_share_of_the_run():
     found = [float(pruner.soften(params, {}, state, step)[0]["kernel"]) for step in (0, 5, 10, 20)]
     assert found == pytest.approx([8, 2, 0.5, 0.5])
     assert (pruner.init, pruner.update, pruner.harden) == (seen.init, seen.update, seen.harden)
+
+
+def test_leaks_by_other_rules():
+    # Of 20 steps 10 are the selection, whose rest is 0.8 at the second step.
+    params = {"kernel": jnp.array([[0.01, 5.0, -6.0]])}
+    pruner = ablation_variants.leaking(
+        lambda job: target_density(job.plan, 0.5, prune_steps=2, select_steps=10), lambda rest: 0.5 * rest**2, 0.5
+    )(job(params))
+    state, thresholds = pruner.init(params), {"kernel": jnp.float32(20.0)}
+
+    def shares(state, step):
+        return jax.grad(lambda p: jnp.sum(pruner.soften(p, thresholds, state, step)[0]["kernel"]))(params)["kernel"]
+
+    for step, share in ((0, 0.5), (2, 0.32), (10, 0), (15, 0)):
+        np.testing.assert_allclose(shares(state, step), [[share, 1, 1]], atol=1e-6)
+    np.testing.assert_allclose(shares(state.replace(fixed=jnp.array(True)), 0), [[0, 1, 1]], atol=1e-6)
 
 
 def test_other_offsets_begin_with_as_many_weights():
