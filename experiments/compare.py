@@ -26,7 +26,7 @@ from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, hold_out
 from experiments.run import weights_optimizer
 from ltp_jax.pruner import Pruner, dense
-from ltp_jax.target import target_density
+from ltp_jax.target import LEAK, target_density
 
 HELD_OUT = 10_000  # training images that settings are judged on
 TRIALS = 15  # settings that every method has
@@ -182,7 +182,7 @@ def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial
                 for product in PRODUCTS[compression]
             ]
         case "ltp" | "ltp_no_leak":
-            leak = 0.3 if method == "ltp" else 0.0  # the default, and eq. 14
+            leak = LEAK if method == "ltp" else 0.0  # the default, and eq. 14
             return [
                 Trial(learning_rate=rate, prune=share, select=selected(share), leak=leak, weight_decay=decay)
                 for decay in DECAYS

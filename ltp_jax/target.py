@@ -30,6 +30,8 @@ FIXED_TEMPERATURE = 1e-30
 """``T`` of fixed masks: so small that the soft mask is a step, and soft and hard network are the same."""
 SLOPE_WIDTH = 0.1
 """Distance in ``log √τ`` to both sides over which slopes are measured: wide enough for a layer of a hundred weights."""
+LEAK = 0.3
+"""Share of its gradient that a pruned weight gets at first, by default."""
 MAX_STEP = 0.3
 """Most that ``log m`` moves in a training step."""
 
@@ -81,7 +83,7 @@ def target_density(
     prune_steps: int,
     select_steps: int,
     t0: float = 1e-2,
-    leak: float = 0.3,
+    leak: float = LEAK,
     optimizer: optax.GradientTransformation | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> Pruner:
