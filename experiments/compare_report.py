@@ -17,14 +17,14 @@ from ltp_jax.target import planned_density
 
 LABELS = {
     "ltp": "LTP",
-    "ltp_no_leak": "LTP without a leak",
+    "ltp_leak": "LTP with a leak",
     "gmp_global": "gradual magnitude, global",
     "gmp_uniform": "gradual magnitude, uniform",
     "one_shot": "one-shot magnitude, global",
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
-OWN = ("ltp", "ltp_no_leak")
+OWN = ("ltp", "ltp_leak")
 """Those that are ours."""
 SIDE_BY_SIDE = (*OWN, "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""

@@ -90,9 +90,9 @@ class LtpConfig:
     """With a target: share of the run in which the density descends to it."""
     select: float = 0.75
     """With a target: share of the run after which the masks are fixed."""
-    leak: float | None = None
+    leak: float = 0.0
     """With a target: share of its gradient that a pruned weight gets at first, to come back by it, and which falls to
-    zero by the time the masks are fixed; 0.3 if nothing is said. 0 is the paper's eq. 14."""
+    zero by the time the masks are fixed. 0 is the paper's eq. 14."""
     exact_gradient: bool = False
     """Differentiate the mask with respect to the weights, too, instead of eq. 14."""
     l0_to_weights: bool = False
@@ -135,8 +135,8 @@ class LtpConfig:
             raise ConfigError("--ltp.exact-gradient and --ltp.l0-to-weights go with a penalty, not with a target")
         require(0 < self.prune <= self.select, "--ltp.prune", self.prune, "more than 0, at most --ltp.select")
         require(self.select <= 1, "--ltp.select", self.select, "at most 1")
-        require(self.leak is None or 0 <= self.leak <= 1, "--ltp.leak", self.leak, "0 to 1")
-        if self.leak is not None and not targets:
+        require(0 <= self.leak <= 1, "--ltp.leak", self.leak, "0 to 1")
+        if self.leak and not targets:
             raise ConfigError("--ltp.leak goes with a target, not with a penalty")
 
 

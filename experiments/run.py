@@ -26,7 +26,7 @@ from ltp_jax.adapters import linen_apply
 from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import Pruner, dense, learned_thresholds
 from ltp_jax.sharding import batch_sharding, global_batch, make_mesh, replicated, state_sharding
-from ltp_jax.target import LEAK, target_density
+from ltp_jax.target import target_density
 from ltp_jax.trail import Entry, Resume, Trail, TrailError, restore_network, save_network
 from ltp_jax.training import (
     Apply,
@@ -209,7 +209,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
                 prune_steps=prune_steps,
                 select_steps=max(round(config.select * steps), prune_steps),
                 t0=config.temperature,
-                leak=LEAK if config.leak is None else config.leak,
+                leak=config.leak,
                 costs=None if macs is None else uses(),
             )
         except ValueError as error:

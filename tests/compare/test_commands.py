@@ -246,7 +246,7 @@ def test_equally_good_settings_are_told_apart_by_their_place():
     assert compare.chosen("one_shot", cells, (32,)) == slow
 
 
-METHODS = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_no_leak")
+METHODS = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak")
 TRAIN_5 = compare.NETWORKS["lenet5"].train
 
 
@@ -328,7 +328,7 @@ def test_every_method_has_the_same_number_of_trials():
                 {"leak": 0.1, "select": 0.75},
                 [(r, p, s, 0, 7e-3) for r in (0.01, 0.04) for p, s in ((0.4, 0.75), (0.6, 0.75), (0.8, 0.9))],
             )
-            for method in ("ltp", "ltp_no_leak")
+            for method in ("ltp", "ltp_leak")
         ),
         (
             "str",

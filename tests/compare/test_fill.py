@@ -22,8 +22,8 @@ TRIALS = {
     "gmp_uniform": compare.Trial(learning_rate=0.04, prune=0.8),
     "gmp_global": compare.Trial(learning_rate=0.04, prune=0.8, weight_decay=1e-3),
     "str": compare.Trial(learning_rate=0.04, initial=-3.0, weight_decay=2e-3),
-    "ltp": compare.Trial(learning_rate=0.04, prune=0.6, select=0.8, leak=0.1, weight_decay=1e-3),
-    "ltp_no_leak": compare.Trial(learning_rate=0.04, prune=0.6, select=0.8),
+    "ltp_leak": compare.Trial(learning_rate=0.04, prune=0.6, select=0.8, leak=0.1, weight_decay=1e-3),
+    "ltp": compare.Trial(learning_rate=0.04, prune=0.6, select=0.8),
 }
 
 
@@ -122,7 +122,7 @@ def test_the_decay_of_str_is_that_of_its_setting_and_acts_on_s():
     assert float(found[20].thresholds["a/kernel"]) > -1
 
 
-@pytest.mark.parametrize(("method", "leak"), [("ltp", 0.3), ("ltp_no_leak", 0.0)])
+@pytest.mark.parametrize(("method", "leak"), [("ltp_leak", 0.3), ("ltp", 0.0)])
 def test_ltp_has_its_leak_until_its_masks_are_fixed(method, leak):
     pruner, found = states(method, prune=0.5, select=0.7, leak=leak)
     assert left(pruner, found[0]) == (4, 4)
