@@ -444,7 +444,7 @@ def test_costs_that_are_none_are_refused(costs):
 
 
 def test_a_plan_that_prunes_nothing_is_refused():
-        with pytest.warns(UserWarning, match="the plan prunes no tensor"):
+    with pytest.warns(UserWarning, match="the plan prunes no tensor"):
         plan = ltp.plan({"bias": jnp.zeros(3)})
     with pytest.raises(ValueError, match="the plan prunes no tensor"):
         target.target_density(plan, 0.5, prune_steps=1, select_steps=2)
