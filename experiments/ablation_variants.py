@@ -114,6 +114,30 @@ def annealed(make: Make, end: float, until: float) -> Make:
     return made
 
 
+def widened(make: Make, share: Callable[[jax.Array], ArrayLike], until: float = 0.75) -> Make:
+    """The temperature is no less than a share of the threshold: ``share(rest)`` of what is left of the selection.
+
+    By eq. 15 it stays what it was for the trained weights, whose squares lie far below the threshold at a high
+    compression, so that few of them are in the band in which masks are soft.
+    """
+
+    def made(job: Job) -> Pruner:
+        pruner = make(job)
+
+        def soften(params, thresholds, state, step):
+            rest = jnp.clip(1 - step / (until * job.steps), 0, 1)
+            temperatures = {
+                path: jnp.where(state.fixed, t, jnp.maximum(t, share(rest) * state.thresholds[path]))
+                for path, t in state.prune.temperatures.items()
+            }
+            warmer = state.replace(prune=state.prune.replace(temperatures=temperatures))
+            return pruner.soften(params, thresholds, warmer, step)
+
+        return pruner._replace(soften=soften)
+
+    return made
+
+
 def leaking(make: Make, leak: Callable[[jax.Array], ArrayLike], until: float = 0.75) -> Make:
     """A leak by another rule: ``leak(rest)`` of what is left of the selection, which ends after a share of the run."""
 
@@ -309,6 +333,9 @@ IDEAS: dict[str, Variant] = {
     "target, T0 5e-2": Variant(targeted(t0=5e-2)),
     "target, T0 falls from 5e-2 to 1e-3": Variant(annealed(targeted(t0=5e-2), 0.02, 0.75)),
     "target, T0 1e-1": Variant(targeted(t0=1e-1)),
+    "target, temperature of a tenth of the threshold": Variant(widened(targeted(), lambda rest: 0.1)),
+    "target, temperature falls from 0.3 of the threshold": Variant(widened(targeted(), lambda rest: 0.3 * rest)),
+    "target, temperature falls from the threshold": Variant(widened(targeted(), lambda rest: rest)),
     "target, leak of 0.01 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.01)),
     "target, leak of 0.03 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.03)),
     "target, leak of 0.1 until masks are fixed": Variant(leaking(targeted(), lambda rest: 0.1)),

@@ -280,6 +280,7 @@ def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any],
     return {
         "achieved": curve[-1][0],
         "top1": curve[-1][1],
+        "train_top1": harness.train_top1(hard, state.batch_stats),
         "dense_top1": harness.top1(network["params"], network["batch_stats"]),
         "densities": {path: kept[path] / size for path, size in sizes.items()},
         "epochs": [{"compression": compression, "top1": top1} for compression, top1 in curve],

@@ -125,7 +125,29 @@ def compressions(cells: Iterable[Cell]) -> list[float]:
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """Top-1 of every method at every compression: mean ± standard deviation over seeds, and their number."""
+    """Top-1 of every method at every compression: mean ± standard deviation over seeds, and their number.
+
+    The same of training images follows, of the runs that tell it.
+    """
+    lines = accuracy_rows(cells, "top1")
+    first = dense_top1(cells)
+    means = [statistics.fmean(accuracies) for accuracies in first.values()]
+    lines += ["", f"Dense network that all start from: {counted_spread(means)}."]
+    if again := {seed: max(t) - min(t) for seed, t in first.items() if len(t) > 1}:
+        # Rounding differs between processors and numbers of threads, and with it what a seed leads to.
+        seeds = ", ".join(map(str, sorted(again)))
+        lines.append(f"Not the same for all methods with seed {seeds}: up to {max(again.values()):.2f} apart.")
+    if more := select(cells, method="dense"):
+        lines.append(f"Trained on as long as the others, without pruning: {spread([c['top1'] for c in more])}.")
+    if fitted := [cell for cell in cells if "train_top1" in cell]:
+        lines += ["", "Training images:", "", *accuracy_rows(fitted, "train_top1")]
+        if more := select(fitted, method="dense"):
+            lines += ["", f"Without pruning: {spread([c['train_top1'] for c in more])}."]
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
+    """A table of a figure of all methods by compression, and what ours are ahead by of the best others."""
     wanted = compressions(cells)
     lines = [
         "| method | " + " | ".join(f"{c:g}×" for c in wanted) + " |",
@@ -138,7 +160,7 @@ def markdown(cells: Sequence[Cell]) -> str:
             if not found:
                 row.append("–")
                 continue
-            text = counted_spread([cell["top1"] for cell in found])
+            text = counted_spread([cell[figure] for cell in found])
             achieved = [cell["achieved"] for cell in found]
             if max(abs(a / compression - 1) for a in achieved) > 0.01:
                 text += f" at {min(achieved):.1f}–{max(achieved):.1f}×"
@@ -150,7 +172,7 @@ def markdown(cells: Sequence[Cell]) -> str:
         for compression in wanted:
             ours, theirs = (
                 {
-                    cell["seed"]: cell["top1"]
+                    cell["seed"]: cell[figure]
                     for cell in select(cells, method=method, compression=compression)
                     if near(cell)
                 }
@@ -160,16 +182,7 @@ def markdown(cells: Sequence[Cell]) -> str:
             row.append(counted_spread(differences) if differences else "–")
         if any(text != "–" for text in row):
             lines.append(f"| {LABELS[own]} less {LABELS[rival]}, seed by seed | " + " | ".join(row) + " |")
-    first = dense_top1(cells)
-    means = [statistics.fmean(accuracies) for accuracies in first.values()]
-    lines += ["", f"Dense network that all start from: {counted_spread(means)}."]
-    if again := {seed: max(t) - min(t) for seed, t in first.items() if len(t) > 1}:
-        # Rounding differs between processors and numbers of threads, and with it what a seed leads to.
-        seeds = ", ".join(map(str, sorted(again)))
-        lines.append(f"Not the same for all methods with seed {seeds}: up to {max(again.values()):.2f} apart.")
-    if more := select(cells, method="dense"):
-        lines.append(f"Trained on as long as the others, without pruning: {spread([c['top1'] for c in more])}.")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def tuning_markdown(cells: Sequence[Cell]) -> str:

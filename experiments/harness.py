@@ -185,9 +185,20 @@ class Harness:
 
     def top1(self, params: Any, batch_stats: Any) -> float:
         """Percent of the evaluation split that the network classifies rightly."""
+        return self._percent_right(self.dataset, params, batch_stats)
+
+    def train_top1(self, params: Any, batch_stats: Any) -> float:
+        """The same of the training images, of the first as many as there are to evaluate on."""
+        size, data = min(self.dataset.eval_size, self.dataset.train_size), self.dataset
+        first = dataclasses.replace(
+            data, eval_size=size, eval_images=data.train_images[:size], eval_labels=data.train_labels[:size]
+        )
+        return self._percent_right(first, params, batch_stats)
+
+    def _percent_right(self, dataset: InMemoryDataset, params: Any, batch_stats: Any) -> float:
         sums = [
             self._evaluate(params, batch_stats, {key: batch[key] for key in ("image", "label", "mask")})
-            for batch in self.dataset.evaluate(min(EVAL_BATCH, self.dataset.eval_size))
+            for batch in dataset.evaluate(min(EVAL_BATCH, dataset.eval_size))
         ]
         totals = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(sums))
         return 100 * float(totals["top1"] / totals["examples"])

@@ -59,6 +59,24 @@ def test_the_temperature_falls_within_its_share_of_the_run():
     assert (pruner.init, pruner.update, pruner.harden) == (seen.init, seen.update, seen.harden)
 
 
+def test_temperatures_that_go_with_the_threshold():
+    # Of 20 steps 10 are the selection, half of which is left at step 5. The weights have T = 1e-2 · Var(|w|) = 0.04.
+    params = {"kernel": jnp.array([[1.0, 5.0, -1.0, -5.0]])}
+    pruner = ablation_variants.widened(
+        lambda job: target_density(job.plan, 0.5, prune_steps=2, select_steps=10), lambda rest: 0.5 * rest, 0.5
+    )(job(params))
+    state = pruner.init(params)
+    state = state.replace(prune=state.prune.replace(thresholds={"kernel": jnp.float32(4.0)}))
+
+    def left(state, step):
+        return pruner.soften(params, state.thresholds, state, step)[0]["kernel"][0, 0]
+
+    # 1 − 4 over temperatures of 0.5 · 4, 0.25 · 4 and, none being left, 0.04.
+    for step, temperature in ((0, 2), (5, 1), (10, 0.04)):
+        np.testing.assert_allclose(left(state, step), 1 / (1 + np.exp(3 / temperature)), rtol=1e-5)
+    np.testing.assert_allclose(left(state.replace(fixed=jnp.array(True)), 0), 0, atol=1e-20)
+
+
 def test_leaks_by_other_rules():
     # Of 20 steps 10 are the selection, whose rest is 0.8 at the second step.
     params = {"kernel": jnp.array([[0.01, 5.0, -6.0]])}

@@ -620,6 +620,19 @@ def test_table():
     assert "Dense network that all start from: 91.50 ± 0.71 (2)." in lines
 
 
+def test_table_of_training_images_has_the_runs_that_tell_of_them():
+    assert "Training images:" not in compare_report.markdown(CELLS)
+    more = cell("dense", 1, 0, 92.0, 1.0) | {"compression": None, "train_top1": 99.0}
+    fitted = [CELLS[0] | {"train_top1": 96.0}, *CELLS[1:3], CELLS[3] | {"train_top1": 94.0}, more]
+    fitted.append(CELLS[4] | {"train_top1": 94.75})
+    text = compare_report.markdown(fitted)
+    lines = text[text.index("Training images:") :].splitlines()
+    assert "| LTP | 96.00 (1) | 94.75 (1) |" in lines
+    assert "| LTP less gradual magnitude, global, seed by seed | – | 0.75 (1) |" in lines
+    assert not any("STR" in line for line in lines)
+    assert lines[-1] == "Without pruning: 99.00."
+
+
 def test_table_tells_of_a_seed_that_began_with_two_networks():
     other = cell("gmp_global", 16, 0, 87.0, 16.0)
     lines = compare_report.markdown([*CELLS, other | {"dense_top1": other["dense_top1"] - 0.25}]).splitlines()

@@ -51,6 +51,7 @@ def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
     assert cell["achieved"] == pytest.approx(sum(sizes.values()) / kept)
     assert cell["epochs"][-1] == {"compression": cell["achieved"], "top1": cell["top1"]}
     assert cell["dense_top1"] == harness.top1(network["params"], network["batch_stats"])
+    assert cell["train_top1"] > 25
     assert cell["top1"] > 25  # of ten classes
 
     first, last = (epoch["compression"] for epoch in cell["epochs"])
