@@ -560,9 +560,14 @@ def grid(config: CompareConfig, harness: Harness) -> None:
     for compression in config.compressions or NETWORKS[config.arch].compressions:
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"
-            cells = [(folder(config, config.arch) / f"{name}_{seed}.json", seed) for seed in config.seeds]
+            runs = folder(config, config.arch)
+            cells = [(runs / f"{name}_{seed}.json", seed) for seed in config.seeds]
             if method == "str":
-                trial = search_decay(harness, train, *cells[0], compression, trial, tuned)
+                # Seeds that are added later have the decay of those that are there.
+                there = (int(path.stem.rpartition("_")[2]) for path in runs.glob(f"{name}_*.json"))
+                first = min(there, default=config.seeds[0])
+                path = runs / f"{name}_{first}.json"
+                trial = search_decay(harness, train, path, first, compression, trial, tuned)
             fill(harness, train, cells, method, compression, trial)
 
 

@@ -575,6 +575,22 @@ def test_a_search_does_not_go_by_runs_of_other_epochs(tmp_path, searched):
     assert decays == pytest.approx([2e-4])
 
 
+def test_seeds_that_are_added_have_the_decay_that_the_first_one_found(tune, monkeypatch):
+    config, _ = tune(lambda *_: 80.0, methods=("str",), tuning_seeds=(0,))
+    folder, ran = config.results / "fashion_mnist_lenet_300_100", []
+
+    def fill(harness, train, cells, method, compression, trial):
+        ran.append((trial.weight_decay, [seed for _, seed in cells]))
+        for path, seed in cells:
+            write_json(path, tuned("str", trial, seed=seed, compression=compression, achieved=8.0, top1=80.0))
+
+    monkeypatch.setattr(compare, "fill", fill)
+    for seeds in ((1, 2), (0, 3), (0,)):
+        compare.grid(dataclasses.replace(config, command="run", compressions=(8,), seeds=seeds), None)
+    decay = compare_report.read_cell(folder / "str_8_1.json")["trial"]["weight_decay"]
+    assert ran == [(decay, [1]), (decay, [1, 2]), (decay, [0, 3]), (decay, [0])]
+
+
 def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
     # The network stays dense below a decay and collapses above it: no decay gives 8×, and 4 is nearer to it than 100.
     search, decays = searched
