@@ -97,21 +97,29 @@ def magnitude(prune: float) -> Make:
     return lambda job: gradual_magnitude(job.plan, 1 / COMPRESSION, prune_steps=round(prune * job.steps), every=20)
 
 
-def annealed(make: Make, end: float, until: float) -> Make:
-    """The temperature falls geometrically to a share ``end`` of itself within a share ``until`` of the run."""
+def tempered(make: Make, rule: Callable[[Any, jax.Array], dict[str, jax.Array]], until: float) -> Make:
+    """Other temperatures: ``rule(state, passed)`` by path; ``passed`` is 1 after a share ``until`` of the run."""
 
     def made(job: Job) -> Pruner:
         pruner = make(job)
 
         def soften(params, thresholds, state, step):
-            factor = jnp.float32(end) ** jnp.clip(step / (until * job.steps), 0, 1)
-            temperatures = {path: t * factor for path, t in state.prune.temperatures.items()}
-            cooled = state.replace(prune=state.prune.replace(temperatures=temperatures))
-            return pruner.soften(params, thresholds, cooled, step)
+            prune = state.prune.replace(temperatures=rule(state, step / (until * job.steps)))
+            return pruner.soften(params, thresholds, state.replace(prune=prune), step)
 
         return pruner._replace(soften=soften)
 
     return made
+
+
+def annealed(make: Make, end: float, until: float) -> Make:
+    """The temperature falls geometrically to a share ``end`` of itself within a share ``until`` of the run."""
+
+    def cooled(state: Any, passed: jax.Array) -> dict[str, jax.Array]:
+        factor = jnp.float32(end) ** jnp.clip(passed, 0, 1)
+        return {path: t * factor for path, t in state.prune.temperatures.items()}
+
+    return tempered(make, cooled, until)
 
 
 def widened(make: Make, share: Callable[[jax.Array], ArrayLike], until: float = 0.75) -> Make:
@@ -121,21 +129,14 @@ def widened(make: Make, share: Callable[[jax.Array], ArrayLike], until: float = 
     compression, so that few of them are in the band in which masks are soft.
     """
 
-    def made(job: Job) -> Pruner:
-        pruner = make(job)
+    def warmed(state: Any, passed: jax.Array) -> dict[str, jax.Array]:
+        least = share(jnp.clip(1 - passed, 0, 1))
+        return {
+            path: jnp.where(state.fixed, t, jnp.maximum(t, least * state.thresholds[path]))
+            for path, t in state.prune.temperatures.items()
+        }
 
-        def soften(params, thresholds, state, step):
-            rest = jnp.clip(1 - step / (until * job.steps), 0, 1)
-            temperatures = {
-                path: jnp.where(state.fixed, t, jnp.maximum(t, share(rest) * state.thresholds[path]))
-                for path, t in state.prune.temperatures.items()
-            }
-            warmer = state.replace(prune=state.prune.replace(temperatures=temperatures))
-            return pruner.soften(params, thresholds, warmer, step)
-
-        return pruner._replace(soften=soften)
-
-    return made
+    return tempered(make, warmed, until)
 
 
 def leaking(make: Make, leak: Callable[[jax.Array], ArrayLike], until: float = 0.75) -> Make:

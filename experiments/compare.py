@@ -557,10 +557,10 @@ def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
     train, tuned = training(config, config.arch), tuning(config)
     settings = {method: chosen(method, tuned, judged(config)) for method in config.methods}
+    runs = folder(config, config.arch)
     for compression in config.compressions or NETWORKS[config.arch].compressions:
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"
-            runs = folder(config, config.arch)
             cells = [(runs / f"{name}_{seed}.json", seed) for seed in config.seeds]
             if method == "str":
                 # Seeds that are added later have the decay of those that are there.
