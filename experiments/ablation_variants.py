@@ -329,6 +329,8 @@ IDEAS: dict[str, Variant] = {
     "target, offsets stay where they begin": Variant(targeted(optimizer=optax.sgd(0.0))),
     "target, offsets by Adam at 1e-3": Variant(targeted(optimizer=optax.adam(1e-3))),
     "target, offsets by Adam at 3e-3": Variant(targeted(optimizer=optax.adam(3e-3))),
+    "target, offsets by Adam at 1e-2": Variant(targeted(optimizer=optax.adam(1e-2))),
+    "target, offsets by Adam at 3e-2": Variant(targeted(optimizer=optax.adam(3e-2))),
     "target, offsets by Adam at 1e-3, no momentum": Variant(targeted(optimizer=optax.adam(1e-3, b1=0.0))),
     "target, T0 1e-3": Variant(targeted(t0=1e-3)),
     "target, T0 5e-2": Variant(targeted(t0=5e-2)),
