@@ -33,9 +33,13 @@ TRIALS = 15  # settings that every method has
 LEAK = 0.3  # of LTP with one
 DECAYS = (0.0, 1e-3, 2e-3)  # of the weights; zero is that of the network
 DESCENTS = {"gmp": (0.2, 0.5, 0.8), "ltp": (0.4, 0.6, 0.8)}  # shares of the run in which they prune
-# Of STR's rate and decay in ten epochs, by the compression of tuning that they lie around: on ResNet-20 at 20, on
-# LeNet-300-100 at the others.
-PRODUCTS = {20: (1.2e-4, 1.8e-4, 2.6e-4), 32: (1.2e-4, 2e-4, 3e-4), 128: (2.5e-4, 3.5e-4, 4.5e-4)}
+# Of STR's rate and decay in ten epochs, by the compression of tuning that they lie around (on ResNet-20 at 20, on
+# LeNet-300-100 at the others) and by the rate, whose first is 0.2 · 0.1 to the last bit.
+PRODUCTS = {
+    20: {0.05: (8.5e-5, 1.3e-4, 1.8e-4), 0.1: (1.2e-4, 1.8e-4, 2.6e-4), 0.2: (1.7e-4, 2.5e-4, 3.7e-4)},
+    32: dict.fromkeys((0.2 * 0.1, 0.05, 0.1), (1.2e-4, 2e-4, 3e-4)),
+    128: dict.fromkeys((0.2 * 0.1, 0.05, 0.1), (2.5e-4, 3.5e-4, 4.5e-4)),
+}
 
 
 class Setup(NamedTuple):
@@ -178,11 +182,11 @@ def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial
             ]
         case "str":
             # What it prunes goes by the product of rate, decay and steps.
-            # The rates are the same for every network: at smaller ones the decay that prunes enough ruins the weights.
+            # The rates are not relative to a network's own: at smaller ones, what prunes enough ruins the weights.
             return [
-                Trial(learning_rate=f * 0.1, initial=-5.0, weight_decay=product * of_ten_epochs(train) / (f * 0.1))
-                for f in (0.2, 0.5, 1)
-                for product in PRODUCTS[compression]
+                Trial(learning_rate=rate, initial=-5.0, weight_decay=product * of_ten_epochs(train) / rate)
+                for rate, products in PRODUCTS[compression].items()
+                for product in products
             ]
         case "ltp" | "ltp_leak":
             leak = LEAK if method == "ltp_leak" else 0.0
@@ -239,7 +243,7 @@ def further_trials(method: str, train: TrainConfig, best: Trial, compression: in
                     best, initial=initial, weight_decay=product * factor * of_ten_epochs(train) / best.learning_rate
                 )
                 for initial, factor in ((-4.0, 0.9), (-8.0, 1.9))
-                for product in PRODUCTS[compression]
+                for product in PRODUCTS[compression][best.learning_rate]
             ]
         case "ltp" | "ltp_leak":
             return [
