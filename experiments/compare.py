@@ -7,39 +7,33 @@ python -m experiments.compare report  # the table and the pictures of what is th
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
 
 import ltp_jax as ltp
-from experiments import baselines, compare_report, data
+from experiments import compare_report, data
 from experiments.compare_report import Cell
+from experiments.compare_settings import (
+    TRIALS,
+    Setting,
+    Trial,
+    chosen,
+    decay_for,
+    make_pruner,
+    tuning_settings,
+    without_decay,
+)
 from experiments.config import ConfigError, TrainConfig, require, require_any, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, hold_out
-from experiments.run import weights_optimizer
-from ltp_jax.pruner import Pruner, dense
-from ltp_jax.target import target_density
 
 HELD_OUT = 10_000  # training images that settings are judged on
-TRIALS = 15  # settings that every method has
-LEAK = 0.3  # of LTP with one
-DECAYS = (0.0, 1e-3, 2e-3)  # of the weights; zero is that of the network
-DESCENTS = {"gmp": (0.2, 0.5, 0.8), "ltp": (0.4, 0.6, 0.8)}  # shares of the run in which they prune
-# Of STR's rate and decay in ten epochs, by the compression of tuning that they lie around (on ResNet-20 at 20, on
-# LeNet-300-100 at the others) and by the rate, whose first is 0.2 · 0.1 to the last bit.
-PRODUCTS = {
-    20: {0.05: (8.5e-5, 1.3e-4, 1.8e-4), 0.1: (1.2e-4, 1.8e-4, 2.6e-4), 0.2: (1.7e-4, 2.5e-4, 3.7e-4)},
-    32: dict.fromkeys((0.2 * 0.1, 0.05, 0.1), (1.2e-4, 2e-4, 3e-4)),
-    128: dict.fromkeys((0.2 * 0.1, 0.05, 0.1), (2.5e-4, 3.5e-4, 4.5e-4)),
-}
 
 
 class Setup(NamedTuple):
@@ -144,146 +138,6 @@ def check_seeds(option: str, seeds: Sequence[int]) -> None:
             raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One setting of a method.
-
-    Attributes:
-      learning_rate: the highest of the weights.
-      prune: share of the run in which the density descends; of no meaning to methods that do it at once.
-      select: share of the run after which LTP fixes its masks.
-      leak: share of its gradient that a weight pruned by LTP gets at first; it falls to zero until then.
-      initial: STR's first ``s``.
-      weight_decay: that of the network if it is zero; STR's is of ``s`` too, and decides how much it prunes.
-    """
-
-    learning_rate: float
-    prune: float = 0.0
-    select: float = 0.0
-    leak: float = 0.0
-    initial: float = 0.0
-    weight_decay: float = 0.0
-
-
-def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial]:
-    """The first nine settings of a method, around the network's own rate and weight decay.
-
-    They are the same at all compressions of tuning, but for the decays of STR, which decide how much it prunes.
-    """
-    rate = train.learning_rate
-    match method:
-        case "dense" | "one_shot":
-            return [Trial(learning_rate=f * rate, weight_decay=decay) for decay in DECAYS for f in (0.5, 1, 2)]
-        case "gmp_uniform" | "gmp_global":
-            return [
-                Trial(learning_rate=rate, prune=share, weight_decay=decay)
-                for decay in DECAYS
-                for share in DESCENTS["gmp"]
-            ]
-        case "str":
-            # What it prunes goes by the product of rate, decay and steps.
-            # The rates are not relative to a network's own: at smaller ones, what prunes enough ruins the weights.
-            return [
-                Trial(learning_rate=rate, initial=-5.0, weight_decay=product * of_ten_epochs(train) / rate)
-                for rate, products in PRODUCTS[compression].items()
-                for product in products
-            ]
-        case "ltp" | "ltp_leak":
-            leak = LEAK if method == "ltp_leak" else 0.0
-            return [
-                Trial(learning_rate=rate, prune=share, select=selected(share), leak=leak, weight_decay=decay)
-                for decay in DECAYS
-                for share in DESCENTS["ltp"]
-            ]
-    raise ValueError(method)
-
-
-def of_ten_epochs(train: TrainConfig) -> float:
-    """What share of STR's decay in ten epochs prunes about as much in a run of another length.
-
-    In a longer run the loss has more time to resist: with a third of it, thirty epochs came to 92× and less where the
-    settings have to lie on both sides of 128×.
-    """
-    share = 10 / train.epochs
-    return share if share >= 1 else share ** (2 / 3)
-
-
-def selected(prune: float) -> float:
-    """The share of the run after which LTP fixes its masks, of that in which it prunes."""
-    return max(0.75, prune + 0.1)
-
-
-def further_trials(method: str, train: TrainConfig, best: Trial, compression: int = 32) -> list[Trial]:
-    """Six more, from the best of the nine: at rates farther from the network's own, or other first values of ``s``.
-
-    Args:
-      method: the method.
-      train: the network's own training.
-      best: as ``chosen`` finds it.
-      compression: that of tuning.
-    """
-    rate = train.learning_rate
-    match method:
-        case "dense" | "one_shot":
-            return [
-                dataclasses.replace(best, learning_rate=f * rate, weight_decay=decay)
-                for decay in DECAYS
-                for f in (0.25, 4)
-            ]
-        case "gmp_uniform" | "gmp_global":
-            return [
-                dataclasses.replace(best, learning_rate=f * rate, prune=share)
-                for f in (0.5, 2)
-                for share in DESCENTS["gmp"]
-            ]
-        case "str":
-            # The farther from zero s begins, the more decay it takes to prune as much.
-            return [
-                dataclasses.replace(
-                    best, initial=initial, weight_decay=product * factor * of_ten_epochs(train) / best.learning_rate
-                )
-                for initial, factor in ((-4.0, 0.9), (-8.0, 1.9))
-                for product in PRODUCTS[compression][best.learning_rate]
-            ]
-        case "ltp" | "ltp_leak":
-            return [
-                dataclasses.replace(best, learning_rate=f * rate, prune=share, select=selected(share))
-                for f in (0.5, 2)
-                for share in DESCENTS["ltp"]
-            ]
-    raise ValueError(method)
-
-
-def make_pruner(
-    method: str, plan: ltp.Plan, compression: float, train: TrainConfig, steps: int, trial: Trial
-) -> Pruner:
-    """The method with a setting, for ``steps`` training steps."""
-    prune_steps = max(round(trial.prune * steps), 1)
-    match method:
-        case "dense":
-            return dense()
-        case "one_shot":
-            return baselines.one_shot_magnitude(plan, 1 / compression)
-        case "gmp_uniform" | "gmp_global":
-            every = max(min(100, prune_steps // 10), 1)  # ten changes of the masks at least
-            uniform = method == "gmp_uniform"
-            return baselines.gradual_magnitude(
-                plan, 1 / compression, prune_steps=prune_steps, every=every, uniform=uniform
-            )
-        case "str":
-            optimizer = optax.chain(
-                optax.add_decayed_weights(trial.weight_decay),
-                weights_optimizer(dataclasses.replace(train, weight_decay=0.0), steps // train.epochs),
-            )
-            return baselines.soft_threshold_reparameterization(plan, optimizer, initial=trial.initial)
-        case "ltp" | "ltp_leak":
-            select_steps = round(trial.select * steps)
-            return target_density(
-                plan, 1 / compression, prune_steps=prune_steps, select_steps=select_steps, leak=trial.leak
-            )
-    raise ValueError(method)
-
-
 def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any], seed: int) -> Cell:
     """One run: the figures of the pruned network after its last epoch, and the way there."""
     network = harness.dense_network(seed)
@@ -358,29 +212,6 @@ def folder(config: CompareConfig, arch: str, *, held_out: bool = False) -> Path:
     return config.results / f"{NETWORKS[arch].load.__name__}{'_held_out' if held_out else ''}_{arch}{longer}"
 
 
-class Setting(NamedTuple):
-    """A setting that is tried in tuning, with its place in the list of its method, at one of tuning's compressions."""
-
-    compression: int
-    place: int
-    trial: Trial
-
-
-def tuning_settings(
-    method: str, train: TrainConfig, compressions: Sequence[int], best: Trial | None = None
-) -> list[Setting]:
-    """What is tried: nine settings at every compression, and six more if the best of the nine is known."""
-    if method == "dense":
-        compressions = compressions[:1]  # it prunes nothing at any
-    settings = []
-    for compression in compressions:
-        tried = trials(method, train, compression)
-        if best is not None:
-            tried += further_trials(method, train, best, compression)
-        settings += [Setting(compression, place, trial) for place, trial in enumerate(tried)]
-    return settings
-
-
 def judged(config: CompareConfig) -> Sequence[int]:
     """The compressions of tuning."""
     return config.tuning_compressions or NETWORKS[config.settings_of or config.arch].tuning_compressions
@@ -417,29 +248,6 @@ def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable
     ]
     found = (stored(path, trial, training(config, arch)) for path, trial in files)
     return [cell for cell in found if cell is not None]
-
-
-def chosen(method: str, tuned: Sequence[Cell], compressions: Sequence[float]) -> Trial:
-    """The setting that did best in tuning, by the mean over its seeds and compressions.
-
-    STR has no target: its settings are learning rates and first values of ``s``, with several decays each. Those two
-    are chosen that do best at the compressions of tuning, between the decays, or beyond them only if none has them
-    between; the decay is that of ``decay_for`` then. Of settings that are equally good it is the first in the list.
-    """
-    groups: dict[Trial, list[Cell]] = {}
-    for cell in compare_report.select(tuned, method=method):
-        trial = without_decay(cell) if method == "str" else Trial(**cell["trial"])
-        groups.setdefault(trial, []).append(cell)
-
-    def merit(trial: Trial) -> tuple[bool, float]:
-        if method != "str":
-            # A share of images was divided in float32: equal numbers of them are equal to six digits, and not beyond.
-            return True, round(statistics.fmean(cell["top1"] for cell in groups[trial]), 3)
-        points = [(mean.achieved, mean.top1) for mean in by_decay(groups[trial])]
-        between = min(points)[0] <= min(compressions) and max(compressions) <= max(points)[0]
-        return between, statistics.fmean(at(compression, points) for compression in compressions)
-
-    return max(groups, key=merit)
 
 
 def tuning(config: CompareConfig) -> list[Cell]:
@@ -486,77 +294,6 @@ def command_for(config: CompareConfig, command: str, arch: str) -> str:
     if config.results != CompareConfig.results:
         words.append(f"--results={config.results}")
     return " ".join(words)
-
-
-def without_decay(cell: Cell) -> Trial:
-    """What the settings of STR that differ in their decay alone have in common."""
-    return dataclasses.replace(Trial(**cell["trial"]), weight_decay=0.0)
-
-
-class Mean(NamedTuple):
-    """What the seeds of a decay of STR had: the geometric mean of their compressions, and the mean top-1 in percent."""
-
-    weight_decay: float
-    achieved: float
-    top1: float
-
-
-def by_decay(cells: Iterable[Cell]) -> list[Mean]:
-    """The means over seeds of runs of STR that differ in decay and seed."""
-    groups: dict[float, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell["trial"]["weight_decay"], []).append(cell)
-    return [
-        Mean(
-            decay,
-            statistics.geometric_mean(cell["achieved"] for cell in group),
-            statistics.fmean(cell["top1"] for cell in group),
-        )
-        for decay, group in groups.items()
-    ]
-
-
-def differ(one: float, other: float) -> bool:
-    """Whether two compressions are far enough apart, by 2 %, for a line through their figures to have a slope."""
-    return abs(math.log(one / other)) > 0.02
-
-
-def at(compression: float, points: Sequence[tuple[float, float]]) -> float:
-    """A figure at a compression, from ``(compression, figure)`` of settings: on the line, in the logarithm of the
-    compression, through the nearest on either side, or the two nearest different ones if it lies beyond them all."""
-    nearest = sorted(points, key=lambda point: abs(math.log(point[0] / compression)))
-    first = nearest[0]
-    others = [point for point in nearest if differ(point[0], first[0])]
-    if not others:
-        return first[1]
-    beyond = [point for point in others if (point[0] < compression) != (first[0] < compression)]
-    second = (beyond or others)[0]
-    share = math.log(compression / first[0]) / math.log(second[0] / first[0])
-    return first[1] + share * (second[1] - first[1])
-
-
-def decay_for(compression: float, trial: Trial, own: Sequence[Cell], tuned: Sequence[Cell]) -> Trial:
-    """STR's setting with the decay that is to give a compression, by runs that differ from it in their decay.
-
-    Args:
-      compression: the one wanted.
-      trial: the setting, of any decay.
-      own: runs of the network in the grid, the nearest to the compression first. They decide, if another one's
-        compression differs from that of the first; otherwise the first is the level, and tuning the slope.
-      tuned: those of tuning, which had fewer training images or another network.
-    """
-
-    def log_decay(compression: float, cells: Sequence[Cell]) -> float:
-        return at(compression, [(mean.achieved, math.log(mean.weight_decay)) for mean in by_decay(cells)])
-
-    if any(differ(cell["achieved"], own[0]["achieved"]) for cell in own):
-        found = log_decay(compression, own)
-    else:
-        same = [cell for cell in tuned if without_decay(cell) == trial]
-        found = log_decay(compression, same)
-        if own:
-            found += math.log(own[0]["trial"]["weight_decay"]) - log_decay(own[0]["achieved"], same)
-    return dataclasses.replace(trial, weight_decay=float(f"{math.exp(found):.4g}"))
 
 
 def grid(config: CompareConfig, harness: Harness) -> None:

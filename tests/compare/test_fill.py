@@ -11,19 +11,20 @@ import pytest
 
 import ltp_jax as ltp
 from experiments import compare, compare_report
+from experiments.compare_settings import Trial, make_pruner
 from experiments.config import TrainConfig
 from experiments.data import digits
 from experiments.harness import Harness
 
 TRAIN = TrainConfig(epochs=2, batch_size=128, learning_rate=0.05, weight_decay=5e-4)
 TRIALS = {
-    "dense": compare.Trial(learning_rate=0.04, weight_decay=1e-3),
-    "one_shot": compare.Trial(learning_rate=0.04),
-    "gmp_uniform": compare.Trial(learning_rate=0.04, prune=0.8),
-    "gmp_global": compare.Trial(learning_rate=0.04, prune=0.8, weight_decay=1e-3),
-    "str": compare.Trial(learning_rate=0.04, initial=-3.0, weight_decay=2e-3),
-    "ltp_leak": compare.Trial(learning_rate=0.04, prune=0.6, select=0.8, leak=0.1, weight_decay=1e-3),
-    "ltp": compare.Trial(learning_rate=0.04, prune=0.6, select=0.8),
+    "dense": Trial(learning_rate=0.04, weight_decay=1e-3),
+    "one_shot": Trial(learning_rate=0.04),
+    "gmp_uniform": Trial(learning_rate=0.04, prune=0.8),
+    "gmp_global": Trial(learning_rate=0.04, prune=0.8, weight_decay=1e-3),
+    "str": Trial(learning_rate=0.04, initial=-3.0, weight_decay=2e-3),
+    "ltp_leak": Trial(learning_rate=0.04, prune=0.6, select=0.8, leak=0.1, weight_decay=1e-3),
+    "ltp": Trial(learning_rate=0.04, prune=0.6, select=0.8),
 }
 
 
@@ -42,7 +43,7 @@ def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
     cell = compare_report.read_cell(tmp_path / "cell.json")
     about = {"network": "lenet_300_100", "dataset": "digits", "method": method, "seed": 1, "epochs_trained": 2}
     assert about | {"compression": None if method == "dense" else 8.0} | cell == cell
-    assert compare.Trial(**cell["trial"]) == trial
+    assert Trial(**cell["trial"]) == trial
     decay = trial.weight_decay or TRAIN.weight_decay
     assert trained == [dataclasses.replace(TRAIN, learning_rate=0.04, weight_decay=decay)]
 
@@ -80,8 +81,8 @@ PARAMS = {
 
 def states(method, params=PARAMS, **settings):
     """The pruner for 20 steps to a fourth, and its states before each, while nothing is trained."""
-    plan, trial = ltp.plan(params), compare.Trial(learning_rate=0.1, **settings)
-    pruner = compare.make_pruner(method, plan, 4, dataclasses.replace(TRAIN, learning_rate=0.1), 20, trial)
+    plan, trial = ltp.plan(params), Trial(learning_rate=0.1, **settings)
+    pruner = make_pruner(method, plan, 4, dataclasses.replace(TRAIN, learning_rate=0.1), 20, trial)
     still = dict.fromkeys(plan.paths, jnp.float32(0))
 
     def steps():

@@ -1,0 +1,123 @@
+"""The tables and pictures of a comparison."""
+
+import json
+
+import pytest
+
+from experiments import compare_report
+from experiments.config import ConfigError, write_json
+
+
+def cell(method, compression, seed, top1, achieved):
+    return {
+        "network": "net",
+        "dataset": "data",
+        "method": method,
+        "compression": compression,
+        "seed": seed,
+        "top1": top1,
+        "achieved": achieved,
+        "dense_top1": 91.0 + seed,
+        "densities": {"a/kernel": 0.1, "b/kernel": 0.2},
+        "trial": {"prune": 0.4},
+        "epochs_trained": 2,
+        "epochs": [{"compression": compression / 2}, {"compression": achieved}],
+    }
+
+
+CELLS = [
+    cell("ltp", 8, 0, 90.0, 8.0),
+    cell("ltp", 8, 1, 91.0, 8.01),
+    cell("str", 8, 0, 88.0, 9.0),
+    cell("gmp_global", 16, 0, 87.0, 16.0),
+    cell("ltp", 16, 0, 87.5, 16.0),
+]
+
+
+def test_table():
+    lines = compare_report.markdown(CELLS).splitlines()
+    assert lines[0] == "| method | 8× | 16× |"
+    assert "| LTP | 90.50 ± 0.71 (2) | 87.50 (1) |" in lines
+    assert "| LTP less gradual magnitude, global, seed by seed | – | 0.50 (1) |" in lines
+    assert "| STR | 88.00 (1) at 9.0–9.0× | – |" in lines
+    assert "| LTP less STR, seed by seed | 2.00 (1) | – |" in lines
+    assert "Dense network that all start from: 91.50 ± 0.71 (2)." in lines
+
+
+def test_table_of_training_images_has_the_runs_that_tell_of_them():
+    assert "Training images:" not in compare_report.markdown(CELLS)
+    more = cell("dense", 1, 0, 92.0, 1.0) | {"compression": None, "train_top1": 99.0}
+    fitted = [CELLS[0] | {"train_top1": 96.0}, *CELLS[1:3], CELLS[3] | {"train_top1": 94.0}, more]
+    fitted.append(CELLS[4] | {"train_top1": 94.75})
+    text = compare_report.markdown(fitted)
+    lines = text[text.index("Training images:") :].splitlines()
+    assert "| LTP | 96.00 (1) | 94.75 (1) |" in lines
+    assert "| LTP less gradual magnitude, global, seed by seed | – | 0.75 (1) |" in lines
+    assert not any("STR" in line for line in lines)
+    assert lines[-1] == "Without pruning: 99.00."
+
+
+def test_table_tells_of_a_seed_that_began_with_two_networks():
+    other = cell("gmp_global", 16, 0, 87.0, 16.0)
+    lines = compare_report.markdown([*CELLS, other | {"dense_top1": other["dense_top1"] - 0.25}]).splitlines()
+    assert "Not the same for all methods with seed 0: up to 0.25 apart." in lines
+    assert not any("Not the same" in line for line in compare_report.markdown(CELLS).splitlines())
+
+
+def test_a_run_that_missed_its_compression_by_half_is_no_rival():
+    lines = compare_report.markdown([*CELLS[:2], cell("str", 8, 0, 95.0, 4.0)]).splitlines()
+    assert "| STR | 95.00 (1) at 4.0–4.0× |" in lines
+    assert not any("less STR" in line for line in lines)
+
+
+def test_table_of_tuning():
+    trials = {
+        "ltp": {"learning_rate": 0.1, "weight_decay": 1e-3, "prune": 0.4, "initial": 0.0},
+        "gmp_global": {"learning_rate": 0.05, "weight_decay": 0.0, "prune": 0.0, "initial": 0.0},
+        "str": {"learning_rate": 0.05, "weight_decay": 4e-3, "prune": 0.0, "initial": -8.0},
+    }
+    cells = [row | {"trial": trials[row["method"]]} for row in CELLS[:4]]
+    lines = compare_report.tuning_markdown(cells).splitlines()
+    assert lines[2:] == [
+        "| LTP | 0.1 | 0.001 | 40 % | – | 8.0× | 90.50 ± 0.71 (2) |",
+        "| gradual magnitude, global | 0.05 | the network's | – | – | 16.0× | 87.00 (1) |",
+        "| STR | 0.05 | 0.004 | – | -8 | 9.0× | 88.00 (1) |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "pictures"),
+    [
+        (("ltp", "str", "gmp_global"), 3),
+        (("ltp",), 3),
+        (("str", "gmp_global"), 2),  # a grid that has not come to LTP yet
+        (("gmp_uniform",), 1),
+        (("dense",), 0),
+    ],
+)
+def test_pictures_of_what_is_there(tmp_path, methods, pictures):
+    folder = tmp_path / "data_net"
+    rows = [*CELLS, cell("gmp_uniform", 8, 0, 80.0, 8.0), cell("dense", 8, 0, 91.0, 1.0) | {"compression": None}]
+    for i, row in enumerate(rows):
+        if row["method"] in methods:
+            write_json(folder / f"{i}.json", row)
+    table, *drawn = compare_report.write(folder, tmp_path / "docs")
+    assert "Dense network that all start from" in table.read_text()
+    assert len(drawn) == pictures
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("3", "not iterable"),
+        ("{}", "it lacks network, dataset, method, compression, seed, .*achieved, top1"),
+        (json.dumps({key: 1 for key in compare_report.KEYS if key != "top1"}), r"it lacks top1\)"),
+    ],
+)
+def test_broken_record_of_a_run_is_said(tmp_path, text, message):
+    (tmp_path / "ltp_8_0.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"ltp_8_0.json is no record of a run \(.*{message}.*remove it"):
+        compare_report.read_cells(tmp_path)
