@@ -23,12 +23,13 @@ TRIALS = 15  # settings that every method has
 LEAK = 0.3  # of LTP with one
 DECAYS = (0.0, 1e-3, 2e-3)  # of the weights; zero is that of the network
 DESCENTS = {"gmp": (0.2, 0.5, 0.8), "ltp": (0.4, 0.6, 0.8)}  # shares of the run in which they prune
+RATES = (0.2 * 0.1, 0.05, 0.1)  # of STR on the two LeNets; the first to the last bit, as its runs have it
 # Of STR's rate and decay in ten epochs, by the compression of tuning that they lie around (on ResNet-20 at 20, on
-# LeNet-300-100 at the others) and by the rate, whose first is 0.2 · 0.1 to the last bit.
+# LeNet-300-100 at the others) and by the rate.
 PRODUCTS = {
     20: {0.05: (8.5e-5, 1.3e-4, 1.8e-4), 0.1: (1.2e-4, 1.8e-4, 2.6e-4), 0.2: (1.7e-4, 2.5e-4, 3.7e-4)},
-    32: dict.fromkeys((0.2 * 0.1, 0.05, 0.1), (1.2e-4, 2e-4, 3e-4)),
-    128: dict.fromkeys((0.2 * 0.1, 0.05, 0.1), (2.5e-4, 3.5e-4, 4.5e-4)),
+    32: dict.fromkeys(RATES, (1.2e-4, 2e-4, 3e-4)),
+    128: dict.fromkeys(RATES, (2.5e-4, 3.5e-4, 4.5e-4)),
 }
 
 
