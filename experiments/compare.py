@@ -353,12 +353,14 @@ def main() -> None:
     setup = NETWORKS[config.arch]
     if config.command == "report":
         runs, held_out = folder(config, config.arch), folder(config, config.arch, held_out=True)
-        if not compare_report.read_cells(runs):
+        compared, tuned = compare_report.read_cells(runs), compare_report.read_cells(held_out)
+        if not compared and not tuned:
             raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run', config.arch)}")
-        for path in compare_report.write(runs, config.pictures):
-            print(path)
-        if cells := compare_report.read_cells(held_out):
-            (held_out / "table.md").write_text(compare_report.tuning_markdown(cells))
+        if compared:
+            for path in compare_report.write(runs, config.pictures):
+                print(path)
+        if tuned:
+            (held_out / "table.md").write_text(compare_report.tuning_markdown(tuned))
             print(held_out / "table.md")
         return
     dataset = setup.load(config.data_dir)

@@ -378,15 +378,18 @@ def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
     assert found.weight_decay < 1.7e-4
 
 
-def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monkeypatch):
+@pytest.mark.parametrize("compared", [False, True])
+def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monkeypatch, compared):
     config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
-    # Whether all fifteen are there or not, and with the grid that a report is of.
+    # Whether all fifteen are there or not, and a grid.
     missing = settings.Setting(32, 4, settings.trials("ltp", compare.NETWORKS["lenet_300_100"].train)[4])
     compare.tuning_file(config, "lenet_300_100", "ltp", missing, 0).unlink()
     figures = {"compression": 8, "seed": 0, "top1": 90.0, "achieved": 8.0, "dense_top1": 91.0}
     way = {"densities": {"a/kernel": 0.1}, "epochs": [{"compression": 8.0}], "epochs_trained": 1}
     run = tuned("ltp", missing.trial, network="net", dataset="data", **figures, **way)
-    write_json(tmp_path / "fashion_mnist_lenet_300_100" / "ltp_8_0.json", run)
+    grid = tmp_path / "fashion_mnist_lenet_300_100"
+    if compared:
+        write_json(grid / "ltp_8_0.json", run)
     words = ["compare", "report", f"--results={tmp_path}", f"--pictures={tmp_path}"]
     monkeypatch.setattr(sys, "argv", words)
     compare.main()
@@ -394,3 +397,4 @@ def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monke
     places = [*range(4), *range(5, 15), *range(15)]
     expected = [80 + place for place in (*places, *range(15), *range(15))]
     assert [float(line.split("|")[-2].split()[0]) for line in lines] == expected
+    assert (grid / "table.md").exists() == compared
