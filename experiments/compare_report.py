@@ -234,7 +234,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     lowest = min(cell["top1"] for cell in best)
     axes.set_ylim(math.floor(lowest) - 1.5, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
-    axes.set_ylabel("top-1 on held-out images, %")
+    axes.set_ylabel("top-1 on test images, %")
     axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: mean and standard deviation over seeds")
     axes.grid(alpha=0.3)
     axes.legend()
