@@ -19,13 +19,16 @@ import ltp_jax as ltp
 from experiments import compare_report, data
 from experiments.compare_report import Cell
 from experiments.compare_settings import (
+    FIRST_TRIALS,
     TRIALS,
     Setting,
     Trial,
+    borrowed,
     chosen,
     decay_for,
+    first_settings,
+    further_settings,
     make_pruner,
-    tuning_settings,
     without_decay,
 )
 from experiments.config import ConfigError, TrainConfig, require, require_any, write_json
@@ -101,11 +104,9 @@ class CompareConfig:
     """Of the dense network, the order of the data, and nothing else."""
     tuning_seeds: tuple[int, ...] = (0, 1)
     """Those of tuning, which judges a setting by their mean."""
-    tuning_compressions: tuple[Literal[20, 32, 128], ...] = ()
-    """Those that settings are judged at, by the mean over them; 32, on lenet_300_100 128, too, and on resnet20 20,
-    if nothing is said."""
-    settings_of: Literal["lenet_300_100", "lenet5", "resnet20"] | None = None
-    """Network whose tuning chooses the settings, relative to each network's own rate; its own if nothing is said."""
+    setting_of: Literal["ltp", "gmp_global"] | None = None
+    """Run all methods with the setting that tuning chose for this one, in place of one of their own each; of no use
+    to STR."""
     epochs: int | None = None
     """Epochs with the method, in a comparison and with a tuning of their own; those of the network if nothing is
     said."""
@@ -126,6 +127,10 @@ class CompareConfig:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
         if self.epochs is not None:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
+        if self.setting_of and "str" in self.methods:
+            raise ConfigError(
+                "--methods has str, which needs a decay for each compression; --setting-of has none for it"
+            )
         check_seeds("--seeds", self.seeds)
         check_seeds("--tuning-seeds", self.tuning_seeds)
 
@@ -200,95 +205,84 @@ def stored(path: Path, trial: Trial, train: TrainConfig) -> Cell | None:
     return cell
 
 
-def training(config: CompareConfig, arch: str) -> TrainConfig:
-    """How a network is trained while it is pruned."""
-    train = NETWORKS[arch].train
+def training(config: CompareConfig) -> TrainConfig:
+    """How the network is trained while it is pruned."""
+    train = NETWORKS[config.arch].train
     return train if config.epochs is None else dataclasses.replace(train, epochs=config.epochs)
 
 
-def folder(config: CompareConfig, arch: str, *, held_out: bool = False) -> Path:
+def folder(config: CompareConfig, *, held_out: bool = False) -> Path:
     """Where the runs on the test images, or those of tuning on held-out images, are."""
+    dataset = NETWORKS[config.arch].load.__name__
     longer = "" if config.epochs is None else f"_{config.epochs}_epochs"
-    return config.results / f"{NETWORKS[arch].load.__name__}{'_held_out' if held_out else ''}_{arch}{longer}"
-
-
-def judged(config: CompareConfig) -> Sequence[int]:
-    """The compressions of tuning."""
-    return config.tuning_compressions or NETWORKS[config.settings_of or config.arch].tuning_compressions
+    if held_out:
+        return config.results / f"{dataset}_held_out_{config.arch}{longer}"
+    origin = f"setting_of_{config.setting_of}_" if config.setting_of else ""
+    return config.results / f"{origin}{dataset}_{config.arch}{longer}"
 
 
 def tune(config: CompareConfig, harness: Harness) -> None:
     """Runs every setting of every method at the compressions of tuning, on the held-out training images."""
-    train, judged_at = training(config, config.arch), judged(config)
+    train, judged_at = training(config), NETWORKS[config.arch].tuning_compressions
 
     def run(method: str, settings: Sequence[Setting]) -> None:
         for setting in settings:
-            cells = [(tuning_file(config, config.arch, method, setting, seed), seed) for seed in config.tuning_seeds]
+            cells = [(tuning_file(config, method, setting, seed), seed) for seed in config.tuning_seeds]
             fill(harness, train, cells, method, setting.compression, setting.trial)
 
     for method in config.methods:
-        nine = tuning_settings(method, train, judged_at)
+        nine = first_settings(method, train, judged_at)
         run(method, nine)
-        best = chosen(method, tuned_with(config, config.arch, method, nine), judged_at)
-        run(method, tuning_settings(method, train, judged_at, best))
+        best = chosen(method, tuned_with(config, method, nine), judged_at)
+        run(method, further_settings(method, train, judged_at, best))
 
 
-def tuning_file(config: CompareConfig, arch: str, method: str, setting: Setting, seed: int) -> Path:
+def tuning_file(config: CompareConfig, method: str, setting: Setting, seed: int) -> Path:
     """The file of a setting, by its place in the list of its method's trials."""
     name = method if method == "dense" else f"{method}_{setting.compression}"
-    return folder(config, arch, held_out=True) / f"{name}_trial{setting.place}_{seed}.json"
+    return folder(config, held_out=True) / f"{name}_trial{setting.place}_{seed}.json"
 
 
-def tuned_with(config: CompareConfig, arch: str, method: str, settings: Iterable[Setting]) -> list[Cell]:
+def tuned_with(config: CompareConfig, method: str, settings: Iterable[Setting]) -> list[Cell]:
     """The runs of tuning, with its seeds, that are there of settings of a method."""
     files = [
-        (tuning_file(config, arch, method, setting, seed), setting.trial)
+        (tuning_file(config, method, setting, seed), setting.trial)
         for setting in settings
         for seed in config.tuning_seeds
     ]
-    found = (stored(path, trial, training(config, arch)) for path, trial in files)
+    found = (stored(path, trial, training(config)) for path, trial in files)
     return [cell for cell in found if cell is not None]
 
 
-def tuning(config: CompareConfig) -> list[Cell]:
-    """The runs of tuning. Those of another network are given the settings of the same place in this network's list.
-
-    Behind the ninth place both lists go on from the best of the other network: what they keep of it, decays, leak and
-    STR's rate, is not relative to a network.
+def tuning(config: CompareConfig, methods: Sequence[str]) -> list[Cell]:
+    """The runs of tuning of some methods.
 
     Raises:
       ConfigError: if a setting of one of the methods was not tried with every seed of tuning.
     """
-    source = config.settings_of or config.arch
-    theirs, ours = training(config, source), training(config, config.arch)
-    judged_at = judged(config)
+    train, judged_at = training(config), NETWORKS[config.arch].tuning_compressions
     cells, missing = [], {}
-    for method in config.methods:
-        settings = tuning_settings(method, theirs, judged_at)
-        every = len(settings) // 9 * TRIALS * len(config.tuning_seeds)
-        found = tuned_with(config, source, method, settings)
-        best = chosen(method, found, judged_at) if len(found) == len(settings) * len(config.tuning_seeds) else None
-        settings = tuning_settings(method, theirs, judged_at, best)
-        found = tuned_with(config, source, method, settings)
-        if len(found) < every:
-            missing[method] = every - len(found)
-            continue
-        same_place = tuning_settings(method, ours, judged_at, best)
-        own = {setting.trial: mine.trial for setting, mine in zip(settings, same_place, strict=True)}
-        cells += [cell | {"trial": dataclasses.asdict(own[Trial(**cell["trial"])])} for cell in found]
+    for method in methods:
+        nine = first_settings(method, train, judged_at)
+        found = tuned_with(config, method, nine)
+        if len(found) == len(nine) * len(config.tuning_seeds):
+            best = chosen(method, found, judged_at)
+            found += tuned_with(config, method, further_settings(method, train, judged_at, best))
+        if lacking := len(nine) // FIRST_TRIALS * TRIALS * len(config.tuning_seeds) - len(found):
+            missing[method] = lacking
+        cells += found
     if missing:
-        methods, seeds, at_each = (" ".join(map(str, words)) for words in (missing, config.tuning_seeds, judged_at))
-        options = f"--methods {methods} --tuning-seeds {seeds} --tuning-compressions {at_each}"
+        names, seeds = (" ".join(map(str, words)) for words in (missing, config.tuning_seeds))
         raise ConfigError(
-            f"{sum(missing.values())} runs of the tuning on {source} are missing: "
-            f"{command_for(config, 'tune', source)} {options}"
+            f"{sum(missing.values())} runs of the tuning on {config.arch} are missing: "
+            f"{command_for(config, 'tune')} --methods {names} --tuning-seeds {seeds}"
         )
     return cells
 
 
-def command_for(config: CompareConfig, command: str, arch: str) -> str:
+def command_for(config: CompareConfig, command: str) -> str:
     """Another command on the same figures, without the options that say which of them."""
-    words = ["python -m experiments.compare", command, f"--arch={arch}"]
+    words = ["python -m experiments.compare", command, f"--arch={config.arch}"]
     if config.epochs is not None:
         words.append(f"--epochs={config.epochs}")
     if config.results != CompareConfig.results:
@@ -298,10 +292,11 @@ def command_for(config: CompareConfig, command: str, arch: str) -> str:
 
 def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
-    train, tuned = training(config, config.arch), tuning(config)
-    settings = {method: chosen(method, tuned, judged(config)) for method in config.methods}
-    runs = folder(config, config.arch)
-    for compression in config.compressions or NETWORKS[config.arch].compressions:
+    setup, train = NETWORKS[config.arch], training(config)
+    tuned = tuning(config, (config.setting_of,) if config.setting_of else config.methods)
+    settings = {method: grid_setting(config, method, tuned) for method in config.methods}
+    runs = folder(config)
+    for compression in config.compressions or setup.compressions:
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"
             cells = [(runs / f"{name}_{seed}.json", seed) for seed in config.seeds]
@@ -312,6 +307,12 @@ def grid(config: CompareConfig, harness: Harness) -> None:
                 path = runs / f"{name}_{first}.json"
                 trial = search_decay(harness, train, path, first, compression, trial, tuned)
             fill(harness, train, cells, method, compression, trial)
+
+
+def grid_setting(config: CompareConfig, method: str, tuned: Sequence[Cell]) -> Trial:
+    """The setting of a method in the grid."""
+    trial = chosen(config.setting_of or method, tuned, NETWORKS[config.arch].tuning_compressions)
+    return borrowed(method, trial) if config.setting_of else trial
 
 
 def search_decay(
@@ -352,10 +353,10 @@ def main() -> None:
     config.check()
     setup = NETWORKS[config.arch]
     if config.command == "report":
-        runs, held_out = folder(config, config.arch), folder(config, config.arch, held_out=True)
+        runs, held_out = folder(config), folder(config, held_out=True)
         compared, tuned = compare_report.read_cells(runs), compare_report.read_cells(held_out)
         if not compared and not tuned:
-            raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run', config.arch)}")
+            raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run')}")
         if compared:
             for path in compare_report.write(runs, config.pictures):
                 print(path)

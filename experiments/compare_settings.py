@@ -6,7 +6,7 @@ STR has no target: its settings have decays, and one for a compression is read o
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import optax
@@ -19,7 +19,7 @@ from experiments.run import weights_optimizer
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.target import target_density
 
-TRIALS = 15  # settings that every method has
+FIRST_TRIALS, TRIALS = 9, 15  # settings that every method has: around the network's own, and with six from the best
 LEAK = 0.3  # of LTP with one
 DECAYS = (0.0, 1e-3, 2e-3)  # of the weights; zero is that of the network
 DESCENTS = {"gmp": (0.2, 0.5, 0.8), "ltp": (0.4, 0.6, 0.8)}  # shares of the run in which they prune
@@ -78,7 +78,7 @@ def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial
                 for product in products
             ]
         case "ltp" | "ltp_leak":
-            leak = LEAK if method == "ltp_leak" else 0.0
+            leak = leak_of(method)
             return [
                 Trial(learning_rate=rate, prune=share, select=selected(share), leak=leak, weight_decay=decay)
                 for decay in DECAYS
@@ -97,9 +97,20 @@ def of_ten_epochs(train: TrainConfig) -> float:
     return share if share >= 1 else share ** (2 / 3)
 
 
+def leak_of(method: str) -> float:
+    """The leak that a method has: no setting of tuning, but what the method is."""
+    return LEAK if method == "ltp_leak" else 0.0
+
+
 def selected(prune: float) -> float:
     """The share of the run after which LTP fixes its masks, of that in which it prunes."""
     return max(0.75, prune + 0.1)
+
+
+def borrowed(method: str, trial: Trial) -> Trial:
+    """A method's setting with rate, decay and descent of another's; the leak and when masks are fixed are its own."""
+    select = selected(trial.prune) if method in ("ltp", "ltp_leak") else 0.0
+    return dataclasses.replace(trial, select=select, leak=leak_of(method))
 
 
 def further_trials(method: str, train: TrainConfig, best: Trial, compression: int = 32) -> list[Trial]:
@@ -181,19 +192,26 @@ class Setting(NamedTuple):
     trial: Trial
 
 
-def tuning_settings(
-    method: str, train: TrainConfig, compressions: Sequence[int], best: Trial | None = None
+def first_settings(method: str, train: TrainConfig, compressions: Sequence[int]) -> list[Setting]:
+    """Nine settings at every compression of tuning."""
+    return _at_each(method, compressions, lambda compression: trials(method, train, compression), 0)
+
+
+def further_settings(method: str, train: TrainConfig, compressions: Sequence[int], best: Trial) -> list[Setting]:
+    """Six more at every one, from the best of the nine."""
+    return _at_each(
+        method, compressions, lambda compression: further_trials(method, train, best, compression), FIRST_TRIALS
+    )
+
+
+def _at_each(
+    method: str, compressions: Sequence[int], tried: Callable[[int], list[Trial]], first_place: int
 ) -> list[Setting]:
-    """What is tried: nine settings at every compression, and six more if the best of the nine is known."""
-    if method == "dense":
-        compressions = compressions[:1]  # it prunes nothing at any
-    settings = []
-    for compression in compressions:
-        tried = trials(method, train, compression)
-        if best is not None:
-            tried += further_trials(method, train, best, compression)
-        settings += [Setting(compression, place, trial) for place, trial in enumerate(tried)]
-    return settings
+    return [
+        Setting(compression, place, trial)
+        for compression in (compressions[:1] if method == "dense" else compressions)  # dense prunes nothing at any
+        for place, trial in enumerate(tried(compression), first_place)
+    ]
 
 
 def chosen(method: str, tuned: Sequence[Cell], compressions: Sequence[float]) -> Trial:

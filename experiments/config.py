@@ -3,16 +3,18 @@
 import argparse
 import dataclasses
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import tyro
 
 C = TypeVar("C", bound="Config")
+
+FLOAT32 = np.finfo(np.float32)
 
 
 class ConfigError(Exception):
@@ -202,7 +204,7 @@ class Config:
     dense: Path | None = None
     """A trained dense network to prune: the dense/ of another run. Trained here first if nothing is said."""
     seed: int = 0
-    """Of initialisation, data order, augmentation and dropout."""
+    """Of initialisation, data order, augmentation and dropout; both stages of a run begin with the same."""
     tensorboard: bool = False
     """Write TensorBoard files to tensorboard/ as well."""
     pretrain: TrainConfig
@@ -224,9 +226,11 @@ class Config:
 
 
 def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
-    """Raises ConfigError if an option's value is not accepted, or a number that is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{flag} is {value}; accepted is {accepted}, and finite")
+    """Raises ConfigError if an option's value is not accepted, or a number that float32 makes infinite or zero."""
+    if isinstance(value, float) and not abs(value) <= FLOAT32.max:
+        raise ConfigError(f"{flag} is {value}; accepted is {accepted}, and finite in float32")
+    if isinstance(value, float) and 0 < abs(value) < FLOAT32.tiny:
+        raise ConfigError(f"{flag} is {value}, which is zero in float32; accepted is {accepted}")
     if not condition:
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}")
 

@@ -6,6 +6,7 @@ over the steps of an epoch, XLA's convolutions on the CPU take 16 to 50 times as
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -119,7 +120,7 @@ class Harness:
             network = restore_network(path)
             check_network(network, initial, path, self.arch)
         else:
-            *_, state = self.compiled(dense(), self.pretrain)(initial, seed)
+            *_, state = self._train_dense(initial, seed)
             network = {"params": state.params, "batch_stats": state.batch_stats}
         try:
             # In compiled code no one can look at values, and all figures of such a network would be no numbers.
@@ -182,6 +183,10 @@ class Harness:
                 yield state
 
         return run
+
+    @functools.cached_property
+    def _train_dense(self) -> Run:
+        return self.compiled(dense(), self.pretrain)
 
     def top1(self, params: Any, batch_stats: Any) -> float:
         """Percent of the evaluation split that the network classifies rightly."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,10 +245,11 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--seed", "-3"], "--seed is -3"),
         (["--ltp.penalty", "3", "--ltp.target-macs=2"], "--ltp.penalty and --ltp.target-macs exclude each other"),
         *(
-            ([f"{flag}={value}"], f"^{flag} is {value}; accepted is more than [01], and finite")
+            ([f"{flag}={value}"], f"^{flag} is {re.escape(value)}; accepted is more than [01], and finite")
             for flag in ("--ltp.t0", "--ltp.reach", "--train.learning-rate", "--ltp.target-macs")
-            for value in ("inf", "nan")
+            for value in ("inf", "nan", "1e+39")
         ),
+        (["--ltp.t0=1e-45"], "^--ltp.t0 is 1e-45, which is zero in float32; accepted is more than 0"),
         (["--ltp.penalty=inf"], "^--ltp.penalty is inf; accepted is 0 or more, and finite"),
         (["--ltp.learn=0.3"], "^--ltp.learn would do nothing: this run prunes to a target, not to a penalty"),
         (["--ltp.reach", "3", "--ltp.ramp=1"], "^--ltp.ramp and --ltp.reach would do nothing"),

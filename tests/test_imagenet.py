@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -15,6 +17,7 @@ from safetensors.numpy import save_file
 from experiments import imagenet, run
 from experiments.config import ConfigError, parse, record
 from experiments.distributed import START_AGAIN
+from experiments.dry_run import activation_bytes
 from ltp_jax import models, pretrained
 from ltp_jax.models.torch_names import torch_names
 from ltp_jax.pretrained import _template, _torch_shape
@@ -224,6 +227,23 @@ def test_dry_run_says_that_counts_are_assumed(tmp_path):
     assert "'of_nobody'" in note
     assert note.endswith("ImageNet's 1,281,167 images and 1,000 classes are assumed above.")
     assert imagenet.dry_run_counts(imagenet.PRESETS["resnet50"]) == (1_281_167, 1000, None)
+
+
+@pytest.mark.parametrize(
+    ("arch", "above"),
+    [("alexnet", 1.22), ("resnet50", 1.15), ("mobilenet_v2", 1.98), ("efficientnet_b0", 1.98), ("mixnet_s", 1.21)],
+)
+def test_memory_is_estimated_from_above(arch, above):
+    """Beside the TPU compiler's peak for 256 images of 224×224 a chip."""
+    rows = json.loads((ROOT / "experiments/results/lean_step_compile.json").read_text())
+    (peak,) = (row["peak_bytes"] for row in rows if (row["arch"], row["method"]) == (arch, "target"))
+    module = models.create(arch, dtype=jnp.bfloat16)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    # Weights, momentum and gradients, and images of bytes.
+    fixed = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    estimate = fixed + 256 * (activation_bytes(module, image) + 224 * 224 * 3)
+    assert estimate / peak == pytest.approx(above, abs=0.02)
 
 
 def test_missing_weights_are_explained():

@@ -37,13 +37,13 @@ def test_tuning_chooses_by_all_its_compressions(tune):
     assert settings.chosen("str", cells, (32, 128)) == slow
     cells += [str_cell(0.2, 1e-3, 16, 88), str_cell(0.2, 4e-3, 256, 80)]
     assert settings.chosen("str", cells, (32, 128)) == fast
-    # LeNet-300-100 has both, if it is not told otherwise; a network of which nothing is pruned is at none of them.
-    options = {"methods": ("ltp", "dense"), "tuning_seeds": (0,)}
-    for compressions, expected in (((), 30), ((128,), 0)):
-        config, ran = tune(lambda *_: 80.0, tuning_compressions=compressions, **options)
+    # LeNet-300-100 has both, LeNet-5 has one; a network of which nothing is pruned is at none of them.
+    methods = ("ltp", "dense")
+    for arch, expected in (("lenet_300_100", 30), ("lenet5", 15)):
+        config, ran = tune(lambda *_: 80.0, arch=arch, methods=methods, tuning_seeds=(0,))
         counts = collections.Counter(method for method, *_ in ran)
-        assert (counts["dense"], counts["ltp"]) == (expected // 2, expected)
-        assert len(compare.tuning(config)) == (45 if expected else 30)
+        assert (counts["dense"], counts["ltp"]) == (15, expected)
+        assert len(compare.tuning(config, methods)) == 15 + expected
 
 
 def test_equally_good_settings_are_told_apart_by_their_place():
@@ -96,16 +96,16 @@ def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
     ]
     assert tune(lambda *_: pytest.fail("was run again"), **options)[1] == []
     # All of them may be chosen.
-    assert [cell["trial"] for cell in compare.tuning(config)] == [
+    assert [cell["trial"] for cell in compare.tuning(config, ("gmp_global",))] == [
         dataclasses.asdict(trial) for trial in (*nine, *settings.further_trials("gmp_global", TRAIN_5, nine[5]))
     ]
     # If another of the nine is the best, the six are others.
     write_json(
-        compare.tuning_file(config, "lenet5", "gmp_global", settings.Setting(32, 0, nine[0]), 3),
+        compare.tuning_file(config, "gmp_global", settings.Setting(32, 0, nine[0]), 3),
         tuned("gmp_global", nine[0], epochs_trained=5, top1=91.0),
     )
     with pytest.raises(ConfigError, match="6 runs of the tuning on lenet5 are missing"):
-        compare.tuning(config)
+        compare.tuning(config, ("gmp_global",))
     assert [place for _, place, _, _ in tune(lambda *_: 80.0, **options)[1]] == list(range(9, 15))
 
 
@@ -155,32 +155,50 @@ def test_further_trials(method, best, expected):
     assert {t.leak for t in found} == {best.leak}
 
 
-def test_settings_of_another_network_are_those_at_the_same_place(tune):
-    ours = compare.NETWORKS["resnet20"].train
-    options = {"methods": ("gmp_global",)}
-    tune(lambda place, trial: {7: 90.0, 12: 89.0}.get(place, 80.0), **options)
-    config = dataclasses.replace(
-        tune(lambda *_: 0.0, **options)[0], command="run", arch="resnet20", settings_of="lenet_300_100"
-    )
-    # The eighth of gradual magnitude pruning: half of the run, the largest decay, at the network's own rate of 0.05.
-    eighth = settings.Trial(learning_rate=0.05, prune=0.5, weight_decay=2e-3)
-    assert settings.trials("gmp_global", ours)[7] == eighth
-    assert settings.chosen("gmp_global", compare.tuning(config), (32,)) == eighth
+def test_every_setting_has_to_have_been_tried_for_as_long(tune):
+    # Or methods would not be tuned alike.
+    config, _ = tune(lambda place, trial: {7: 90.0, 12: 89.0}.get(place, 80.0), methods=("gmp_global",))
+    eighth = settings.Trial(learning_rate=0.1, prune=0.5, weight_decay=2e-3)
+    assert settings.chosen("gmp_global", compare.tuning(config, ("gmp_global",)), (32, 128)) == eighth
     # The six behind the ninth have its decay; the first with the larger rate is the best of all now.
-    path = compare.tuning_file(config, "lenet_300_100", "gmp_global", settings.Setting(32, 12, eighth), 0)
-    write_json(path, compare_report.read_cell(path) | {"top1": 95.0})
-    thirteenth = settings.Trial(learning_rate=0.1, prune=0.2, weight_decay=2e-3)
-    assert settings.chosen("gmp_global", compare.tuning(config), (32,)) == thirteenth
-    # Every setting has to have been tried, for as long, or methods would not be tuned alike.
+    for compression in (32, 128):
+        path = compare.tuning_file(config, "gmp_global", settings.Setting(compression, 12, eighth), 0)
+        write_json(path, compare_report.read_cell(path) | {"top1": 95.0})
+    thirteenth = settings.Trial(learning_rate=0.2, prune=0.2, weight_decay=2e-3)
+    assert settings.chosen("gmp_global", compare.tuning(config, ("gmp_global",)), (32, 128)) == thirteenth
     write_json(path, compare_report.read_cell(path) | {"epochs_trained": 9})
     message = r"1 runs .* tune --arch=lenet_300_100 --results=.* --methods gmp_global --tuning-seeds 0 1"
     with pytest.raises(ConfigError, match=message):
-        compare.tuning(config)
+        compare.tuning(config, ("gmp_global",))
     path.unlink()
     with pytest.raises(ConfigError, match=message):
-        compare.tuning(config)
-    with pytest.raises(ConfigError, match=r"30 runs of the tuning on resnet20 are missing: .* tune --arch=resnet20"):
-        compare.tuning(dataclasses.replace(config, settings_of=None))
+        compare.tuning(config, ("gmp_global",))
+
+
+def test_methods_run_with_the_setting_of_another(tune, monkeypatch):
+    config, _ = tune(lambda place, trial: 80.0 + (place == 7), methods=("gmp_global",), tuning_seeds=(0,))
+    ran = []
+    monkeypatch.setattr(compare, "fill", lambda harness, train, cells, *what: ran.append((cells, *what)))
+    methods = ("one_shot", "ltp_leak")
+    config = dataclasses.replace(
+        config, command="run", methods=methods, setting_of="gmp_global", compressions=(8,), seeds=(4,)
+    )
+    compare.grid(config, None)
+    eighth = settings.Trial(learning_rate=0.1, prune=0.5, weight_decay=2e-3)
+    runs = config.results / "setting_of_gmp_global_fashion_mnist_lenet_300_100"
+    assert ran == [
+        ([(runs / "one_shot_8_4.json", 4)], "one_shot", 8, eighth),
+        (
+            [(runs / "ltp_leak_8_4.json", 4)],
+            "ltp_leak",
+            8,
+            dataclasses.replace(eighth, select=0.75, leak=settings.LEAK),
+        ),
+    ]
+    with pytest.raises(ConfigError, match=r"30 runs .* --methods ltp "):
+        compare.grid(dataclasses.replace(config, setting_of="ltp"), None)
+    with pytest.raises(ConfigError, match=r"has str, which needs a decay for each compression; --setting-of has none"):
+        dataclasses.replace(config, methods=("str",)).check()
 
 
 @pytest.mark.parametrize("words", [[], ["--arch=lenet5", "--epochs=30", "--tuning-seeds", "2", "3"]])
@@ -197,29 +215,13 @@ def test_what_to_do_when_runs_are_missing_makes_them(tmp_path, monkeypatch, word
         compare.main()
     config, advised = tyro.cli(compare.CompareConfig, args=["run", *words]), advice(error)
     assert advised.command == "run"
-    assert compare.folder(advised, advised.arch) == compare.folder(config, config.arch)
+    assert compare.folder(advised) == compare.folder(config)
     with pytest.raises(ConfigError, match="are missing") as error:
-        compare.tuning(config)
+        compare.tuning(config, config.methods)
     advised = advice(error)
     assert advised.command == "tune"
     assert (advised.tuning_seeds, advised.methods) == (config.tuning_seeds, config.methods)
-    assert compare.judged(advised) == compare.judged(config)
-    assert compare.folder(advised, advised.arch, held_out=True) == compare.folder(config, config.arch, held_out=True)
-
-
-def test_settings_of_str_of_another_network(tune):
-    # At a rate of 0.05, and from s of −8, it is best. ResNet-20 has 3 epochs for 10: its decays are 10/3 as large.
-    def top1(place, trial):
-        return 50 + 10 * (trial.learning_rate == 0.05) + 10 * (trial.initial == -8.0)
-
-    config = dataclasses.replace(
-        tune(top1, methods=("str",))[0], command="run", arch="resnet20", settings_of="lenet_300_100"
-    )
-    cells = compare.tuning(config)
-    assert settings.chosen("str", cells, (32,)) == settings.Trial(learning_rate=0.05, initial=-8.0)
-    decays = {cell["trial"]["weight_decay"] for cell in cells if cell["trial"]["initial"] == -8.0}
-    products = (1.2e-4, 2e-4, 2.5e-4, 3e-4, 3.5e-4, 4.5e-4)
-    assert sorted(decays) == pytest.approx([p * 1.9 * (10 / 3) / 0.05 for p in products])
+    assert compare.folder(advised, held_out=True) == compare.folder(config, held_out=True)
 
 
 def test_a_comparison_of_other_epochs_is_another_one(tune, monkeypatch):
@@ -233,8 +235,8 @@ def test_a_comparison_of_other_epochs_is_another_one(tune, monkeypatch):
     options = {"methods": ("gmp_global",), "tuning_seeds": (0,)}
     config, _ = tune(lambda *_: 90.0, **options)
     config = dataclasses.replace(config, command="run", epochs=30, compressions=(8,), seeds=(4,))
-    with pytest.raises(ConfigError, match=r"30 runs .* are missing: .* --epochs=30 .* --tuning-compressions 32 128"):
-        compare.tuning(config)
+    with pytest.raises(ConfigError, match=r"30 runs .* are missing: .* --epochs=30 .* --tuning-seeds 0"):
+        compare.tuning(config, ("gmp_global",))
     # The ninth setting prunes until 80 % of the run with a decay of 2e-3, whatever its length.
     tune(lambda place, trial: 80.0 + (place == 8), epochs=30, **options)
     ran = []
@@ -383,7 +385,7 @@ def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monke
     config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
     # Whether all fifteen are there or not, and a grid.
     missing = settings.Setting(32, 4, settings.trials("ltp", compare.NETWORKS["lenet_300_100"].train)[4])
-    compare.tuning_file(config, "lenet_300_100", "ltp", missing, 0).unlink()
+    compare.tuning_file(config, "ltp", missing, 0).unlink()
     figures = {"compression": 8, "seed": 0, "top1": 90.0, "achieved": 8.0, "dense_top1": 91.0}
     way = {"densities": {"a/kernel": 0.1}, "epochs": [{"compression": 8.0}], "epochs_trained": 1}
     run = tuned("ltp", missing.trial, network="net", dataset="data", **figures, **way)
