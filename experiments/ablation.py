@@ -1,7 +1,7 @@
 """What each part of LTP is worth: the paper's claims, and ideas for the way to a target, one change at a time.
 
-python -m experiments.ablation run     # each variant and seed a file; goes on where it stopped
-python -m experiments.ablation report  # the table and the picture of what is there
+$ python -m experiments.ablation run     # each variant and seed a file; goes on where it stopped
+$ python -m experiments.ablation report  # the table and the picture of what is there
 
 All on LeNet-300-100 with batch normalisation and Fashion-MNIST, judged on training images that are held out.
 """

@@ -1,8 +1,8 @@
 """Compares pruning methods on the same network, trained weights, epochs and batches, each with tuned settings.
 
-python -m experiments.compare tune    # fifteen settings of every method, judged on held-out training images
-python -m experiments.compare run     # method × compression × seed, each a file; goes on where it stopped
-python -m experiments.compare report  # the table and the pictures of what is there
+$ python -m experiments.compare tune    # fifteen settings of every method, judged on held-out training images
+$ python -m experiments.compare run     # method × compression × seed, each a file; goes on where it stopped
+$ python -m experiments.compare report  # the table and the pictures of what is there
 """
 
 import dataclasses

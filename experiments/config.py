@@ -206,7 +206,7 @@ class Config:
     seed: int = 0
     """Of initialisation, data order, augmentation and dropout; both stages of a run begin with the same."""
     tensorboard: bool = False
-    """Write TensorBoard files to tensorboard/ as well."""
+    """Write TensorBoard files to tensorboard/ as well, a run for each stage."""
     pretrain: TrainConfig
     """Training of the dense network."""
     train: TrainConfig
@@ -227,9 +227,9 @@ class Config:
 
 def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
     """Raises ConfigError if an option's value is not accepted, or a number that float32 makes infinite or zero."""
-    if isinstance(value, float) and not abs(value) <= FLOAT32.max:
+    if isinstance(value, float) and not abs(value) <= float(FLOAT32.max):
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}, and finite in float32")
-    if isinstance(value, float) and 0 < abs(value) < FLOAT32.tiny:
+    if isinstance(value, float) and 0 < abs(value) < float(FLOAT32.tiny):
         raise ConfigError(f"{flag} is {value}, which is zero in float32; accepted is {accepted}")
     if not condition:
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}")

@@ -50,10 +50,11 @@ def start_logging(workdir: Path, console: Console) -> None:
         logger.setLevel(logging.INFO)
         _replace_handlers(logger, handlers)
         logger.propagate = False
-    # What Orbax says of its background threads belongs in the file: the user gets one message of ours.
-    orbax = logging.getLogger("absl")
-    _replace_handlers(orbax, [file])
-    orbax.propagate = False
+    # What Orbax and its event loops say of background threads belongs in the file: the user gets one message of ours.
+    for name in ("absl", "asyncio"):
+        background = logging.getLogger(name)
+        _replace_handlers(background, [file])
+        background.propagate = False
 
 
 def _replace_handlers(logger: logging.Logger, handlers: list[logging.Handler]) -> None:
@@ -106,7 +107,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, tensorboard: bool):
         self._path = workdir / "metrics.jsonl"
-        self._board = None
+        self._board: Callable[[str, int], Any] | None = None
+        self._boards: dict[str, Any] = {}
         self._told: set[tuple[str, str, int]] = set()
         if jax.process_index() != 0:
             self._path = None
@@ -115,24 +117,27 @@ class MetricsWriter:
                 from tensorboardX import SummaryWriter
             except ImportError as error:
                 raise RunError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from error
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
+            # Each stage is a run of its own to TensorBoard: it drops all points of a run from a step on.
+            self._board = lambda stage, step: SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops the lines of a stage behind a step: those of an interrupted run that are about to come again.
+        """Begins a stage, or goes on with it from a step, and drops what an interrupted run told of later ones.
 
         What is told again of the step itself is not written again.
         """
+        if self._board is not None:
+            self._boards[stage] = self._board(stage, step + 1)
         if self._path is None or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut off when the run was
+        for line in self._path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
                 row = json.loads(line)
                 if row["stage"] != stage or row["step"] <= step:
-                    kept.append(line)
                     self._told.add((row["stage"], row["kind"], row["step"]))
+                    kept.append(line)
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         temporary.replace(self._path)
 
     def write(self, stage: str, kind: str, step: int, figures: Mapping[str, Any]) -> None:
@@ -141,15 +146,15 @@ class MetricsWriter:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": stage, "kind": kind, "step": step} | dict(figures)) + "\n")
-        if self._board is not None:
+        if stage in self._boards:
             for name, value in figures.items():
                 if isinstance(value, int | float):
-                    self._board.add_scalar(f"{stage}/{name}", value, step)
+                    self._boards[stage].add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards.values():
+            board.close()
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -158,6 +163,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     A command that was asked to stop, or lost one of its processes, exits with ``START_AGAIN``. Where JAX itself notices
     the loss, between two programs, it aborts the process, with a message and a stack dump of its own.
     """
+    sys.unraisablehook = _closed_loops_are_no_news
+    logging.raiseExceptions = False  # of a log that cannot be written, as on a full disk, it would dump the stack
     try:
         with stops_when_asked(), nobody_waits(explain):
             main()
@@ -176,6 +183,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("error: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _closed_loops_are_no_news(unraisable: Any) -> None:
+    """Prints what no one could catch, but for what is left of Orbax's reads and writes behind one that has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def explain(error: Exception) -> tuple[str, int]:

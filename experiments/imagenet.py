@@ -4,11 +4,11 @@ python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.sa
 """
 
 import dataclasses
+import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from experiments import dry_run
 from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse, require
 from experiments.console import log, run_command
 from experiments.data import DataError, Dataset, photographs
+from experiments.data.photographs import is_imagenet, usable_cores
 from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize
 from experiments.dry_run import COMPILE_TIMEOUT
@@ -119,8 +120,13 @@ class ImagenetConfig(Config):
         require(self.dry_run_timeout > 0, "--dry-run-timeout", self.dry_run_timeout, "more than 0")
         if not self.dry_run and self.pretrained is None and self.dense is None and not self.train.from_scratch:
             raise ConfigError(where_weights_come_from(self.arch))
-        if self.pretrained is not None and self.train.from_scratch:
-            raise ConfigError("--pretrained and --train.from-scratch exclude each other")
+        ways = {
+            "--dense": self.dense is not None,
+            "--pretrained": self.pretrained is not None,
+            "--train.from-scratch": self.train.from_scratch,
+        }
+        if len(given := [way for way, taken in ways.items() if taken]) > 1:
+            raise ConfigError(f"{' and '.join(given)} exclude each other; accepted is one of them")
 
 
 WHERE_WEIGHTS_COME_FROM = """\
@@ -300,7 +306,7 @@ def make_module(config: ImagenetConfig, settings: WeightSettings, num_classes: i
 def dry_run_counts(config: ImagenetConfig) -> tuple[int, int, str | None]:
     """Images of an epoch and classes, and what to say if they are ImageNet's for want of the dataset that is named."""
     images, classes = dry_run.IMAGENET_TRAIN_SIZE, models.spec(config.arch).num_classes
-    if config.dataset == "imagenet2012":
+    if is_imagenet(config.dataset):
         return images, classes, None
     try:
         split = open_split(config.dataset, config.data_dir, "train")
@@ -327,14 +333,13 @@ def main() -> None:
         return
     initialize(config.distributed)
     if config.pretrained is None:
-        settings, load = dense_settings(config), None
+        settings, start = dense_settings(config), None
     else:
         # Read before the data are opened: which weights these are decides what the images must look like.
-        settings, load = read_pretrained(config)
+        settings, start = read_pretrained(config)
     # Recorded with the run, so that its own dense network can be taken by another.
     config = dataclasses.replace(config, origin=settings.origin)
     mean, std = ([255 * value for value in values] for values in (settings.mean, settings.std))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     dataset = photographs(
         config.dataset,
         config.data_dir,
@@ -344,11 +349,11 @@ def main() -> None:
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         eval_split=config.eval_split,
-        workers=max(cores - 1, 1) if config.workers is None else config.workers,
+        workers=max(usable_cores() - 1, 1) if config.workers is None else config.workers,
         max_unreadable=config.max_unreadable,
     )
     module = make_module(config, settings, dataset.num_classes)
-    run(config, module, dataset, None if load is None else lambda: load(dataset))
+    run(config, module, dataset, None if start is None else start(dataset))
 
 
 def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[Dataset], Start]]:
@@ -368,7 +373,7 @@ def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[D
     # Looked at now, and told when there is a log to tell it in.
     others = () if config.origin is not None else pretrained.alternatives(config.pretrained, settings)
 
-    def load(dataset: Dataset) -> Start:
+    def network(fits: bool, num_classes: int) -> dict[str, Any]:
         log.info(
             "weights: %s of %s (%s): the middle %d px of images resized to %d, %s, top-1 %s",
             config.arch,
@@ -386,20 +391,28 @@ def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[D
                 " or ".join((settings.origin, *others)),
                 settings.origin,
             )
-        classes = models.spec(config.arch).num_classes
-        if dataset.num_classes == classes:
-            published = dataset.name == "imagenet2012" and config.image_size in (None, settings.input_size)
-            return Start(variables["params"], variables["batch_stats"], True, settings.top1 if published else None)
+        if fits:
+            return variables
         fresh, _ = pretrained.load(
             config.pretrained or "",
             config.arch,
             origin=settings.origin,
-            num_classes=dataset.num_classes,
+            num_classes=num_classes,
             head_key=jax.random.key(config.seed),
         )
-        return Start(fresh["params"], fresh["batch_stats"], False)
+        return fresh
 
-    return settings, load
+    def start(dataset: Dataset) -> Start:
+        fits = dataset.num_classes == models.spec(config.arch).num_classes
+        published = (
+            is_imagenet(dataset.name)
+            and config.eval_split in (None, "validation")
+            and config.image_size in (None, settings.input_size)
+        )
+        expected = settings.top1 if fits and published else None
+        return Start(functools.partial(network, fits, dataset.num_classes), trained=fits, expected_top1=expected)
+
+    return settings, start
 
 
 if __name__ == "__main__":

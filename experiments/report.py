@@ -94,10 +94,14 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
     axes.plot(
         [e.compression for e in front], [e.top1 for e in front], color="tab:red", linewidth=1.2, label="Pareto set"
     )
-    figure.colorbar(points, ax=axes, label="epoch")
+    figure.colorbar(points, ax=axes, label="epoch", ticks=MaxNLocator(integer=True, min_n_ticks=1))
     _compression_axis(axes)
     # A network that has not recovered yet may be far below; it must not flatten the rest of the picture.
-    floor = max(min(e.top1 for e in entries), dense - 12)
+    floor = min(e.top1 for e in entries)
+    below = sum(e.top1 < dense - 12 for e in entries)
+    if 0 < below < len(entries) - 1:
+        floor = dense - 12
+        axes.set_xlabel(f"{axes.get_xlabel()}; not shown: {below} more than 12 points below dense")
     margin = 0.08 * (max(e.top1 for e in entries) - floor) + 0.05
     axes.set_ylim(floor - margin, max(e.top1 for e in entries) + margin)
     axes.set_ylabel("held-out top-1, %")
@@ -114,10 +118,12 @@ def draw_layers(
     layers = list(values[0]) if values else []
     for i, layer in enumerate(layers):
         color = colormaps["plasma"](0.9 * i / max(len(layers) - 1, 1))
-        axes.plot([e.epoch for e in entries], [v[layer] for v in values], color=color, linewidth=1.2, label=layer)
+        axes.plot([e.epoch for e in entries], [v[layer] for v in values], ".-", color=color, linewidth=1.2, label=layer)
     if any(v > 0 for row in values for v in row.values()):
         axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if entries:
+        axes.set_xlim(entries[0].epoch - 0.5, entries[-1].epoch + 0.5)  # room for whole numbers, if it is one
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.set_title(title)

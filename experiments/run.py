@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,11 @@ from ltp_jax.training import (
     zero_totals,
 )
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 LOG_EVERY = 50  # steps between two looks at the loss, which cost a wait for the device
 
 
@@ -45,26 +51,24 @@ class Start(NamedTuple):
     """What a run begins from when it has no dense network of its own yet.
 
     Attributes:
-      params: parameters, arrays of any kind.
-      batch_stats: batch statistics, or an empty dict.
+      network: gives ``params`` and ``batch_stats``, arrays of any kind; asked only if there is no dense network yet.
       trained: whether this is the dense network already, or is to be trained into it.
       expected_top1: what its publisher measured on this dataset, in percent, if that is known.
     """
 
-    params: Any
-    batch_stats: Any
+    network: Callable[[], dict[str, Any]]
     trained: bool
     expected_top1: float | None = None
 
 
-def run(config: Config, module: nn.Module, dataset: Dataset, start: Callable[[], Start] | None = None) -> Trail:
+def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None) -> Trail:
     """Carries out the configuration, from wherever an earlier start of the same command left it.
 
     Args:
       config: what to do.
       module: the network; takes normalised images and ``train``.
       dataset: what it learns.
-      start: gives what to begin from; asked only if there is no dense network yet. A random start without it.
+      start: what to begin from; a random start if nothing is said.
 
     Returns:
       The finished trail.
@@ -75,35 +79,64 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Callable[[],
       Preempted: if a process was asked to stop, after the state was saved.
     """
     check_options(config, module, dataset, start)
-    record(config, write=jax.process_index() == 0)
-    console = Console()
-    start_logging(config.workdir, console)
-    if jax.process_count() > 1:
-        log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
-    metrics = MetricsWriter(config.workdir, config.tensorboard)
-    with distributed.preemption_notice() as preempted:
-        job = Job(config, module, dataset, start, metrics, console, preempted)
-        params, batch_stats = job.dense_network()
-        trail = job.prune(params, batch_stats)
-    metrics.close()
-    if jax.process_index() == 0:
-        console.print(trail_table(trail))
-        paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
-        log.info("report: %s", paths["table"])
+    with only_writer(config.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        record(config, write=jax.process_index() == 0)
+        console = Console()
+        start_logging(config.workdir, console)
+        if jax.process_count() > 1:
+            log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+        metrics = MetricsWriter(config.workdir, config.tensorboard)
+        with distributed.preemption_notice() as preempted:
+            job = Job(config, module, dataset, start, metrics, console, preempted)
+            params, batch_stats = job.dense_network()
+            trail = job.prune(params, batch_stats)
+        metrics.close()
+        if jax.process_index() == 0:
+            console.print(trail_table(trail))
+            paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
+            log.info("report: %s", paths["table"])
     return trail
 
 
-def check_options(
-    config: Config, module: nn.Module, dataset: Dataset, start: Callable[[], Start] | None = None
-) -> None:
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of a directory, which is made if it is not there, for as long as this process lives.
+
+    Raises:
+      ConfigError: if another run is in it, or it is a file. Where the system or its files have no locks, nobody is
+        kept out.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(
+            f"--workdir is {directory}, which is a file; accepted is a directory, or a name for a new one"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another run is writing to {directory}; wait for its end, or choose another --workdir"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_options(config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None) -> None:
     """Raises ConfigError or TrailError, before anything is trained, for options that cannot come to an end."""
     try:
         make_mesh(config.mesh.fsdp)
     except ValueError as error:
         raise ConfigError(f"--mesh.fsdp: {error}") from error
     check_batch("train", config.train, dataset)
-    # What ``start`` gives may be trained already: that is known when it is asked.
-    if config.dense is None and start is None and not (config.workdir / "dense").is_dir():
+    to_train = config.dense is None and (start is None or not start.trained)
+    if to_train and not (config.workdir / "dense").is_dir():
         check_batch("pretrain", config.pretrain, dataset)
     network = jax.eval_shape(lambda: init_network(module, dataset, config.seed))
     plan = ltp.plan(network["params"])
@@ -236,7 +269,7 @@ class Job:
         config: Config,
         module: nn.Module,
         dataset: Dataset,
-        start: Callable[[], Start] | None,
+        start: Start | None,
         metrics: MetricsWriter,
         console: Console,
         preempted: Callable[[], bool],
@@ -259,40 +292,43 @@ class Job:
         own = config.workdir / "dense"
         if config.dense is None:
             if not own.is_dir():
-                start = None if self.start is None else self.start()
-                if start is not None:
-                    check_network(start._asdict(), jax.eval_shape(self._init_network), config.workdir, config.arch)
-                if start is not None and start.trained:
-                    self._take(start, own)
+                begin = None if self.start is None else self.start.network()
+                if begin is not None:
+                    check_network(begin, jax.eval_shape(self._init_network), config.workdir, config.arch)
+                if begin is not None and self.start is not None and self.start.trained:
+                    self._take(begin, self.start.expected_top1, own)
                 else:
-                    self._pretrain(own, start)
+                    self._pretrain(own, begin)
             if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
                 for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
                     shutil.rmtree(stale, ignore_errors=True)
         path = config.dense or own
-        network = restore_network(path)
+        try:
+            network = restore_network(path)
+        except TrailError as error:
+            remedy = "" if config.dense else f"; remove {own}, and it is made anew"
+            raise TrailError(f"{error}{remedy}") from error
         check_network(network, jax.eval_shape(self._init_network), path, config.arch)
         log.info("dense network: %s", path)
         return network["params"], network["batch_stats"]
 
-    def _take(self, start: Start, path: Path) -> None:
+    def _take(self, network: dict[str, Any], expected_top1: float | None, path: Path) -> None:
         """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
-        params, batch_stats = jax.device_put((start.params, start.batch_stats), replicated(self.mesh))
-        if start.expected_top1 is not None:
+        params, batch_stats = jax.device_put((network["params"], network["batch_stats"]), replicated(self.mesh))
+        if expected_top1 is not None:
             top1 = self._evaluate(params, batch_stats)["top1"]
-            if abs(top1 - start.expected_top1) > 1:
+            if abs(top1 - expected_top1) > 1:
                 log.warning(
                     "the dense network has %.2f %% top-1 where %.2f %% was published for these weights: check that the "
                     "weights, --origin and the data belong together before you let this run go on",
                     top1,
-                    start.expected_top1,
+                    expected_top1,
                 )
         save_network(path, params, batch_stats)
 
-    def _pretrain(self, path: Path, start: Start | None) -> None:
+    def _pretrain(self, path: Path, begin: dict[str, Any] | None) -> None:
         """Trains the dense network and writes it."""
         config = self.config.pretrain
-        check_batch("pretrain", config, self.dataset)
         optimizer = weights_optimizer(config, self.dataset.train_size // config.batch_size)
         # What was begun in the background is finished, whatever ends the stage.
         with (
@@ -304,7 +340,7 @@ class Job:
                 config,
                 dense(),
                 optimizer,
-                None if start is None else {"params": start.params, "batch_stats": start.batch_stats},
+                begin,
                 resume,
                 keep=lambda state, epoch: None,
                 settle=lambda: None,

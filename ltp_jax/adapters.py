@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
+from flax.core import FrozenDict, freeze
 
 from ltp_jax.training import Apply
 
@@ -26,7 +27,9 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
         rngs: Any = {"dropout": key}
         updated: Any
         logits, updated = module.apply(variables, preprocess(images), train=True, mutable=["batch_stats"], rngs=rngs)
-        return logits, updated.get("batch_stats", batch_stats)
+        averages = updated.get("batch_stats", batch_stats)
+        # In the same kind of dict, or the step would be another one the second time.
+        return logits, freeze(averages) if isinstance(batch_stats, FrozenDict) else averages
 
     return apply
 

@@ -40,7 +40,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     def watch(next_method, args, method_kwargs, context):
         output = next_method(*args, **method_kwargs)
         if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
-            kernel = context.module.get_variable("params", "kernel")
+            kernel = nn.meta.unbox(context.module.get_variable("params", "kernel"))
             path = "/".join((*context.module.path, "kernel"))
             # A module that is called several times uses its weights as often; how often a transform calls it is not
             # known here. One call that cannot be counted leaves the sum unknown.

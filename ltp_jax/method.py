@@ -20,12 +20,18 @@ def temperature(w: jax.Array, t0: ArrayLike) -> jax.Array:
     return jnp.float32(t0) * jnp.var(jnp.abs(w.astype(jnp.float32)))
 
 
+@jax.custom_jvp
 def valid_threshold(threshold: jax.Array) -> jax.Array:
     """``max(τ, 0)`` with the gradient of ``τ``: below zero every mask is 1, and a threshold would be stuck there.
 
     An optimizer that pushes ``τ`` below zero changes nothing by it, and its gradient can bring it back.
     """
-    return threshold + jax.lax.stop_gradient(jnp.maximum(threshold, 0) - threshold)
+    return jnp.maximum(threshold, 0)
+
+
+@valid_threshold.defjvp
+def _valid_threshold_jvp(primals, tangents):
+    return valid_threshold(*primals), tangents[0]
 
 
 def soft_mask(w: jax.Array, threshold: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -34,8 +40,11 @@ def soft_mask(w: jax.Array, threshold: jax.Array, temperature: jax.Array) -> jax
 
 
 def hard_mask(w: jax.Array, threshold: jax.Array) -> jax.Array:
-    """``1[w² > τ]``, bool of the shape of ``w``: True where the weight survives."""
-    return jnp.square(w.astype(jnp.float32)) > threshold
+    """``1[w² > τ]``, bool of the shape of ``w``: True where the weight survives.
+
+    One that is no number survives, so that a network that diverged is not taken for a sparse one.
+    """
+    return ~(jnp.square(w.astype(jnp.float32)) <= threshold)
 
 
 def hard_threshold(w: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -70,7 +79,10 @@ def soft_threshold(
     Returns:
       ``v = w · s``, shape and dtype of ``w``, and ``L0 = Σ s`` (eq. 6), a float32 scalar.
     """
-    return _soft_threshold(w, threshold, temperature, jnp.asarray(leak, jnp.float32), exact_gradient, l0_to_weights)
+    # Where jax.shard_map splits w, this zero differs between devices as w does. The scalars, which are those of all of
+    # them, do so with it, and their gradients are sums over all parts of w.
+    zero = jnp.zeros_like(w, jnp.float32, shape=())
+    return _soft_threshold(w, threshold + zero, temperature + zero, leak + zero, exact_gradient, l0_to_weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

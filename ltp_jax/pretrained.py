@@ -1,9 +1,11 @@
 """Pretrained ImageNet weights of torchvision and timm, from a file to Flax variables.
 
 ```python
-variables, settings = ltp_jax.pretrained.load("resnet50.safetensors", "resnet50")
-model = ltp_jax.models.create("resnet50", dtype=jnp.bfloat16, **settings.options)
-logits = model.apply(variables, (images / 255 - settings.mean) / settings.std, train=False)
+from ltp_jax import models, pretrained
+
+variables, settings = pretrained.load("resnet50.safetensors", "resnet50")
+model = models.create("resnet50", dtype=jnp.bfloat16, **settings.options)
+logits = model.apply(variables, (images / 255 - np.array(settings.mean)) / np.array(settings.std), train=False)
 ```
 """
 
@@ -155,7 +157,11 @@ def _convert(tensors: StateDict, template: Mapping[str, Shape], names: Mapping[s
             raise PretrainedError(f"missing tensor {name!r}, expected with shape {expected}")
         tensor = tensors[name]
         if tensor.shape != expected:
-            hint = "; give num_classes, or head_key to replace the head" if path.startswith("head/") else ""
+            hint = (
+                "; give the num_classes of the file, or head_key to replace the head"
+                if path.startswith("head/")
+                else ""
+            )
             raise PretrainedError(f"tensor {name!r} has shape {tensor.shape}, expected {expected}{hint}")
         arrays[path] = _from_torch(path, tensor, shape)
     return arrays

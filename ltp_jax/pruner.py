@@ -137,10 +137,19 @@ def step_thresholds(
       t0: that of the temperatures.
     """
     spread = {path: jnp.sqrt(temperature / t0) for path, temperature in state.prune.temperatures.items()}
-    r = {path: jnp.sqrt(tau) / spread[path] for path, tau in state.thresholds.items()}
+    r = {path: jnp.sqrt(jnp.maximum(tau, 0)) / spread[path] for path, tau in state.thresholds.items()}
     # ∂τ/∂r = 2 r · spread² vanishes at r = 0, where every run starts: it is taken no smaller than at a hundredth.
     r_grads = {path: g * 2 * jnp.maximum(r[path], 0.01) * spread[path] ** 2 for path, g in grads.items()}
-    updates, optimizer_state = optimizer.update(r_grads, state.optimizer, r)
+    updates, optimizer_state = optimizer.update(finite_or_zero(r_grads), state.optimizer, r)
     r = jax.tree.map(lambda value, update: jnp.maximum(value + update, 0), r, updates)
     thresholds = jax.tree.map(lambda value, unit: jnp.square(value * unit), r, spread)
     return LearnedThresholdState(state.prune.replace(thresholds=thresholds), optimizer_state)
+
+
+def finite_or_zero(grads: Scalars) -> Scalars:
+    """The gradients, or zeros if one of them is not finite: a single bad batch would prune everything for good.
+
+    Optimizers of weights are guarded against one by ``optax.apply_if_finite`` or by scaling the loss.
+    """
+    finite = jnp.all(jnp.isfinite(jnp.stack(list(grads.values())))) if grads else True
+    return {path: jnp.where(finite, g, 0) for path, g in grads.items()}

@@ -17,17 +17,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
-from ltp_jax.pruner import Pruner
+from ltp_jax.pruner import Pruner, finite_or_zero
 from ltp_jax.selection import Params, Plan, named_leaves, path_name
 from ltp_jax.transform import PruneState, Scalars
 
-FIXED_THRESHOLD = 1e-24
-"""``τ`` of fixed masks, in units of ``w²``: every weight that is not exactly zero lies above it."""
-FIXED_TEMPERATURE = 1e-30
-"""``T`` of fixed masks: so small that the soft mask is a step, and soft and hard network are the same."""
+FIXED_THRESHOLD = 1e-35
+"""``τ`` of fixed masks, in units of ``w²``: a weight of less than 3e-18 counts as zero."""
+FIXED_TEMPERATURE = 2e-38
+"""``T`` of fixed masks, about the least of float32: the soft mask is a step, and soft and hard network are the same."""
 SLOPE_WIDTH = 0.1
 """Distance in ``log √τ`` to both sides over which slopes are measured: wide enough for a layer of a hundred weights."""
 MAX_STEP = 0.3
@@ -165,7 +166,8 @@ def target_density(
         wanted = planned(step + 1)
         move = newton_step(measured.density, measured.slopes, wanted)
         log_scale = state.log_scale + jnp.where((step == 0) | (wanted >= measured.present), 0, move)
-        loss_grads = {path: g * 2 * state.thresholds[path] for path, g in grads.items()}  # ∂L/∂a = 2τ · ∂L/∂τ
+        # ∂L/∂a = 2τ · ∂L/∂τ
+        loss_grads = finite_or_zero({path: g * 2 * state.thresholds[path] for path, g in grads.items()})
         updates, optimizer_state = optimizer.update(
             without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
@@ -204,7 +206,7 @@ def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]
     small layers stay denser than large ones. Arguments and result as for ``exact_thresholds``; sorts each tensor once.
     """
     leaves = dict(named_leaves(params))
-    squares = {path: jnp.sort(jnp.square(leaves[path].astype(jnp.float32)).ravel()) for path in shares}
+    squares = {path: jnp.sort(_whole(jnp.square(leaves[path].astype(jnp.float32)).ravel())) for path in shares}
     scores = {path: square / jnp.cumsum(square[::-1])[::-1] for path, square in squares.items()}  # ascending as well
 
     def left(score: jax.Array) -> jax.Array:
@@ -214,6 +216,12 @@ def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]
     smallest = jnp.minimum(_smallest_float(lambda score: left(score) <= density * (1 + 1e-6)), 1)
     places = {path: jnp.searchsorted(values, smallest) for path, values in scores.items()}
     return {path: jnp.log(squares[path][jnp.minimum(places[path], squares[path].size - 1)]) / 2 for path in shares}
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The array on every device of an explicit mesh, which does not gather by itself what is sorted."""
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec())) if any(sharding.spec) else x
 
 
 class Measured(NamedTuple):
@@ -317,13 +325,25 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: jax.
 def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
+    Each is moved half way to the smallest weight that it keeps: it would else be the size of a weight, whose soft mask
+    would be a half where its hard mask is zero. Weights of exactly one size are kept or pruned together, and where
+    there are many of them fewer weights are left.
+
     Args:
       params: the parameters.
       offsets: ``a_l`` by path.
       density: share of the total cost that is left, in (0, 1].
       shares: the cost of one weight of each tensor over that of all weights, by path.
     """
-    return keep_one(params, scaled_thresholds(solve_scale(params, offsets, density, shares), offsets))
+    thresholds = keep_one(params, scaled_thresholds(solve_scale(params, offsets, density, shares), offsets))
+    leaves = dict(named_leaves(params))
+
+    def between(w: jax.Array, tau: jax.Array) -> jax.Array:
+        above = jnp.min(jnp.where(method.hard_mask(w, tau), jnp.square(w.astype(jnp.float32)), jnp.inf))
+        middle = tau + (above - tau) / 2
+        return jnp.where(middle < above, middle, tau)
+
+    return {path: between(leaves[path], tau) for path, tau in thresholds.items()}
 
 
 def keep_one(params: Params, thresholds: Scalars) -> Scalars:
@@ -386,7 +406,7 @@ def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Ar
     def apart(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:
         return jnp.max(square), *(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
 
-    masks = (method.hard_mask(w, tau).astype(jnp.int32) for tau in thresholds)
     square = jnp.square(w.astype(jnp.float32))
+    masks = ((square > tau).astype(jnp.int32) for tau in thresholds)
     largest, *counts = jax.lax.platform_dependent(square, *masks, cpu=together, default=apart)
     return tuple(counts), largest

@@ -7,12 +7,15 @@ Checkpoints are Orbax's. An entry of the trail is a directory ``<epoch>`` that h
 import dataclasses
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -89,8 +92,11 @@ class Trail:
         if not path.is_dir() and not create:
             raise TrailError(f"there is no trail in {path}")
         self.path = path
-        self._manager = _manager(path, max_to_keep=None) if create else None
         self._read: dict[int, Entry] = {}
+        if create and path.is_dir():
+            for epoch in ocp.utils.checkpoint_steps(path):
+                self._entry(epoch)  # of one that it cannot read Orbax would not say which
+        self._manager = _manager(path, max_to_keep=None) if create else None
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -164,12 +170,17 @@ class Trail:
           batch_stats: the batch statistics.
 
         Raises:
-          TrailError: if the directory cannot be written; also for an earlier entry that failed in the background.
+          TrailError: if the directory cannot be written, or has an entry of this epoch or a later one; also for an
+            earlier entry that failed in the background.
         """
-        network = ocp.args.StandardSave({"params": params, "batch_stats": batch_stats})
-        metrics = ocp.args.JsonSave(dataclasses.asdict(entry) | {"gap": entry.gap})
         if self._manager is None:
-            raise TrailError(f"the trail in {self.path} was opened to be read; open it with create=True to add to it")
+            raise TrailError(
+                f"the trail in {self.path} was opened to be read, or closed; open it with create=True to add to it"
+            )
+        if (latest := self._manager.latest_step()) is not None and latest >= entry.epoch:
+            raise TrailError(f"the trail in {self.path} goes to epoch {latest}: there is no place for one of {entry}")
+        figures = json.loads(json.dumps(dataclasses.asdict(entry) | {"gap": entry.gap}, default=float))
+        metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(_plain(params, batch_stats))
         with _writing(self.path):
             self._manager.save(entry.epoch, args=ocp.args.Composite(network=network, metrics=metrics))
 
@@ -180,10 +191,11 @@ class Trail:
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits, and lets go of the directory. The trail can still be read."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
+            self._manager = None
 
     def _entry(self, epoch: int) -> Entry:
         if epoch not in self._read:
@@ -192,7 +204,10 @@ class Trail:
                 metrics.pop("gap")
                 self._read[epoch] = Entry(**metrics)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise TrailError(f"entry {epoch} of {self.path} cannot be read: {_first_line(error)}") from error
+                raise TrailError(
+                    f"entry {epoch} of {self.path} cannot be read: {_first_line(error)}; the others can be once "
+                    f"{self.path / str(epoch)} is removed"
+                ) from error
         return self._read[epoch]
 
 
@@ -224,7 +239,7 @@ class Resume:
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
 
     def restore(self, abstract_state: T) -> T | None:
-        """The latest state that can be read, or None if none was saved.
+        """The latest state that can be read, or None if none was saved. Later ones, which cannot, are removed.
 
         Args:
           abstract_state: ``jax.ShapeDtypeStruct`` leaves with the shardings wanted, which need not be those it was
@@ -234,14 +249,21 @@ class Resume:
           TrailError: if states are there and none can be read as such a state.
         """
         self.wait()
-        failure = None
+        failure, broken = None, []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-                return self._manager.restore(step, args=args)["state"]
+                state = self._manager.restore(step, args=args)["state"]
             except Exception as error:  # Orbax raises what its parts raise
                 log.warning("the state of step %d in %s cannot be read: %s", step, self.path, _first_line(error))
                 failure = failure or error
+                broken.append(step)
+                continue
+            # They would stand in the way of the same steps, and be kept in place of a good one.
+            with _writing(self.path):
+                for step in broken:
+                    self._manager.delete(step)
+            return state
         if failure is not None:
             raise TrailError(
                 f"no state in {self.path} can be read as one of this run ({_first_line(failure)}); "
@@ -263,7 +285,16 @@ class Resume:
 def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
     """Writes one network, in the form that entries of a trail have; returns when it is on disk."""
     with _writing(Path(path)), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), {"params": params, "batch_stats": batch_stats}, force=True)
+        checkpointer.save(Path(path).absolute(), _plain(params, batch_stats), force=True)
+
+
+def _plain(params: Any, batch_stats: Any) -> dict[str, Any]:
+    """A network as nested dicts of arrays, without the boxes of NNX variables and of Linen metadata."""
+
+    def plain(tree: Any) -> Any:
+        return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else nn.meta.unbox(tree)
+
+    return {"params": plain(params), "batch_stats": plain(batch_stats)}
 
 
 def restore_network(path: str | Path) -> dict[str, Any]:
@@ -282,7 +313,10 @@ def restore_network(path: str | Path) -> dict[str, Any]:
         )
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise ValueError("it is damaged, or was not written by this project")
+            tree = metadata.tree
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
     except Exception as error:  # Orbax raises what its parts raise
@@ -298,6 +332,9 @@ def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=path.name),
     )
     with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass  # Orbax would wait for minutes before it says that nothing can be written there
         return _Manager(path, options=options)
 
 
@@ -324,7 +361,7 @@ class _writing:
         if isinstance(error, Exception):
             raise TrailError(
                 f"cannot write to {self._path}: {_first_line(error)}; what was saved before is whole, and the same "
-                "command goes on from there once there is room and permission to write"
+                "command goes on from there once this is mended; if need be, make room or allow it to write"
             ) from error
 
 

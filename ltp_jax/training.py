@@ -53,7 +53,8 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     params: Params, batch_stats: Any, optimizer: optax.GradientTransformation, pruner: Pruner, key: jax.Array
 ) -> TrainState:
-    """The state of a run that has not begun."""
+    """The state of a run that has not begun. Its arrays are its own: a step may donate them."""
+    params, batch_stats, key = jax.tree.map(jnp.copy, (params, batch_stats, key))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -74,7 +75,8 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
     """Mean softmax cross entropy; a share ``label_smoothing`` of each label is spread over all classes."""
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        labels = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), label_smoothing)
+        one_hot = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
+        labels = optax.smooth_labels(one_hot, label_smoothing)
         return jnp.mean(optax.softmax_cross_entropy(logits, labels))
 
     return loss
@@ -87,7 +89,8 @@ def make_train_step(
 
     Args:
       apply: the network.
-      optimizer: updates the weights. It never sees a threshold, and so cannot decay one.
+      optimizer: updates the weights, from gradients and parameters alone. It never sees a threshold, and so cannot
+        decay one.
       pruner: the pruning method, which updates its own thresholds.
       loss: what is minimised, together with the method's penalty.
     """
@@ -109,7 +112,7 @@ def make_train_step(
         params, pruning = pruner.update(threshold_grads, state.params, params, state.pruning, state.step)
         n = jnp.float32(batch["label"].shape[0])
         step_totals = {
-            "loss": task * n,
+            "loss": task.astype(jnp.float32) * n,
             "correct": jnp.sum(jnp.argmax(logits, -1) == batch["label"], dtype=jnp.float32),
             "examples": n,
         }

@@ -78,6 +78,9 @@ def l0(
       costs: what each weight of a tensor counts, by path: its uses per image, say, for a count of
         multiply-accumulates. By default every weight counts one.
       l0_to_weights: let the gradient reach the weights too. By default it reaches the thresholds alone (eq. 14).
+
+    Raises:
+      ValueError: if a tensor of the state is not in ``params``, or has no cost.
     """
     counts = soft_prune_and_count(params, state, l0_to_weights=l0_to_weights)[1]
     return total_cost(counts, costs)
@@ -107,7 +110,13 @@ def soft_prune_and_count(
 
 
 def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) -> jax.Array:
-    """``Σ_l cost_l · count_l``, a float32 scalar; without costs every weight counts one."""
+    """``Σ_l cost_l · count_l``, a float32 scalar; without costs every weight counts one.
+
+    Raises:
+      ValueError: if a tensor has no cost.
+    """
+    if missing := [] if costs is None else [path for path in counts if path not in costs]:
+        raise ValueError(f"the costs lack {', '.join(missing)}, which the state prunes")
     terms = [count * (1.0 if costs is None else jnp.float32(costs[path])) for path, count in counts.items()]
     return sum(terms, start=jnp.zeros((), jnp.float32))
 
@@ -173,18 +182,19 @@ class Summary(flax.struct.PyTreeNode):
 
     @property
     def kept(self) -> jax.Array:
-        """How many of them survive, an int32 scalar."""
-        return sum((tensor.kept for tensor in self.tensors.values()), start=jnp.zeros((), jnp.int32))
+        """How many of them survive: an int32 scalar, or a float32 one if there are more than int32 can count."""
+        dtype = jnp.int32 if self.weights < 2**31 else jnp.float32
+        return sum((tensor.kept.astype(dtype) for tensor in self.tensors.values()), start=jnp.zeros((), dtype))
 
     @property
     def density(self) -> jax.Array:
         """The kept fraction of the pruned tensors, in [0, 1]."""
-        return self.kept / max(self.weights, 1)
+        return self.kept / float(max(self.weights, 1))
 
     @property
     def compression(self) -> jax.Array:
         """``weights / kept`` of the pruned tensors, the figure that papers report; infinite if nothing is left."""
-        return self.weights / self.kept
+        return float(self.weights) / self.kept
 
     @property
     def parameters(self) -> int:
@@ -194,14 +204,15 @@ class Summary(flax.struct.PyTreeNode):
     @property
     def network_compression(self) -> jax.Array:
         """The same ratio over all parameters, biases and normalisation included."""
-        return self.parameters / (self.kept + self.unpruned)
+        return float(self.parameters) / (self.kept.astype(jnp.float32) + float(self.unpruned))
 
     def __str__(self) -> str:
         rows = [
             (path, f"{t.weights:,}", f"{int(t.kept):,}", f"{float(t.density):.2%}", f"{float(t.threshold):.3e}")
             for path, t in self.tensors.items()
         ]
-        kept, whole = int(self.kept), int(self.kept) + self.unpruned
+        kept = sum(int(tensor.kept) for tensor in self.tensors.values())
+        whole = kept + self.unpruned
         rows.append(("pruned tensors", f"{self.weights:,}", f"{kept:,}", f"{kept / max(self.weights, 1):.2%}", ""))
         rows.append(
             ("whole network", f"{self.parameters:,}", f"{whole:,}", f"{whole / max(self.parameters, 1):.2%}", "")

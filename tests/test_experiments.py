@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import chex
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from experiments import run as runs
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record
-from experiments.console import RunError, run_command
+from experiments.console import MetricsWriter, RunError, run_command
 from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
 from experiments.fashion_mnist import PRESETS
@@ -99,7 +101,8 @@ def test_run_writes_what_the_documentation_says(finished):
     assert [row["epoch"] for row in raw] == [0, 1, 2]
     table = (finished / "report" / "trail.md").read_text()
     assert sum(line.startswith(("| 0", "| 1", "| 2")) for line in table.splitlines()) == 3
-    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    for stage in ("pretrain", "prune"):
+        assert list((finished / "tensorboard" / stage).glob("events.out.tfevents.*"))
     assert set(restore_network(finished / "dense")) == {"params", "batch_stats"}
     assert not (finished / "pretrain").exists()
 
@@ -110,6 +113,44 @@ def test_same_command_again_changes_nothing(finished):
     start(tiny(finished, tensorboard=True))
     assert (finished / "metrics.jsonl").read_text() == before
     assert (finished / "trail" / "2").stat().st_mtime_ns == stamp
+
+
+def test_a_damaged_line_of_figures_is_dropped(tmp_path):
+    good = '{"stage": "prune", "kind": "train", "step": 3, "loss": 0.5}\n'
+    lines = [good.encode(), b"\xff\xfe\x00{\n", b'{"stage": "prune"}\n', b"7\n", good.replace("3", "9").encode()]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    metrics = MetricsWriter(tmp_path, tensorboard=False)
+    metrics.rewind("prune", 3)
+    metrics.write("prune", "train", 3, {"loss": 0.6})
+    assert (tmp_path / "metrics.jsonl").read_text() == good
+    metrics.write("prune", "train", 4, {"loss": 0.25})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_tensorboard_is_told_from_which_step_a_stage_goes_on(tmp_path, first):
+    metrics = MetricsWriter(tmp_path, tensorboard=True)
+    metrics.rewind("prune", first)
+    for step in range(first + 1, 6):
+        metrics.write("prune", "train", step, {"loss": 0.5})
+    metrics.close()
+    (path,) = (tmp_path / "tensorboard" / "prune").iterdir()
+    record, told = path.read_bytes(), []
+    while record:  # length, its checksum, the event, and its checksum
+        length = int.from_bytes(record[:8], "little")
+        event = Event.FromString(record[12 : 12 + length])
+        told.append((event.WhichOneof("what"), event.step))
+        record = record[16 + length :]
+    points = [("summary", step) for step in range(first + 1, 6)]
+    assert [row for row in told if row[0] != "file_version"] == [("session_log", first + 1), *points]
+
+
+def test_a_damaged_dense_network_is_told_with_the_remedy(finished, tmp_path):
+    shutil.copytree(finished / "dense", tmp_path / "dense")
+    for path in (tmp_path / "dense").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(TrailError, match=f"dense cannot be read: it is damaged.*; remove {tmp_path / 'dense'}, and"):
+        start(tiny(tmp_path))
 
 
 class Interrupted(Exception):
@@ -214,6 +255,25 @@ def test_broken_configuration_file_is_said(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"config.json is no record of a run"):
             record(tiny(tmp_path))
+
+
+def test_two_runs_do_not_write_to_one_directory(finished, tmp_path):
+    config = tiny(tmp_path / "run", dense=finished / "dense")
+    with runs.only_writer(config.workdir), pytest.raises(ConfigError, match=r"another run is writing to .*/run; wait"):
+        start(config)
+    assert not any(config.workdir.iterdir())
+    start(config)  # nobody is in it now
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--workdir is .*/file, which is a file"):
+        start(tiny(tmp_path / "file", dense=finished / "dense"))
+
+
+def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path):
+    config = tiny(tmp_path / "run", pretrain=TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1))
+    begin = runs.Start(lambda: pytest.fail("was asked"), trained=False)
+    with pytest.raises(ConfigError, match=r"--pretrain.batch-size is 5000; digits has"):
+        runs.run(config, models.create("digits"), digits(), begin)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from experiments import imagenet, run
 from experiments.config import ConfigError, parse, record
+from experiments.data import digits
 from experiments.distributed import START_AGAIN
 from experiments.dry_run import activation_bytes
 from ltp_jax import models, pretrained
@@ -183,8 +184,29 @@ def test_a_dense_network_far_from_what_was_published_is_told(tmp_path, monkeypat
     monkeypatch.setattr(run.Job, "_evaluate", lambda *args: {"top1": top1})
     job = object.__new__(run.Job)
     job.mesh = make_mesh()
-    job._take(run.Start({}, {}, trained=True, expected_top1=76.0), tmp_path / "dense")
+    job._take({"params": {}, "batch_stats": {}}, 76.0, tmp_path / "dense")
     assert [f"has {top1:.2f} % top-1 where 76.00 % was published" in text for text in warnings] == [True] * told
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "size", "expected"),
+    [
+        ("imagenet2012", None, None, 76.13),
+        ("imagenet2012:5.1.0", "validation", 224, 76.13),
+        ("imagenet2012", "train[:50]", None, None),
+        ("imagenet2012_subset", None, None, None),
+        ("imagenet2012", None, 160, None),
+    ],
+)
+def test_a_network_is_held_to_what_was_published_on_the_same_images(monkeypatch, name, split, size, expected):
+    (settings,) = (row for row in pretrained.settings("resnet50") if row.origin == "torchvision")
+    monkeypatch.setattr(pretrained, "load", lambda *args, **options: ({}, settings))
+    config = dataclasses.replace(
+        imagenet.PRESETS["resnet50"], pretrained=Path("w"), origin="torchvision", eval_split=split, image_size=size
+    )
+    _, start = imagenet.read_pretrained(config)
+    begin = start(dataclasses.replace(digits(), name=name, num_classes=1000))
+    assert (begin.trained, begin.expected_top1) == (True, expected)
 
 
 def test_a_dense_network_of_unknown_origin_is_refused(tmp_path):
@@ -295,7 +317,8 @@ def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
     ("words", "message"),
     [
         (["--topology=v5e:4x4", "--pretrained=w"], "--topology .* goes with --dry-run"),
-        (["--pretrained=w", "--train.from-scratch"], "exclude each other"),
+        (["--pretrained=w", "--train.from-scratch"], "^--pretrained and --train.from-scratch exclude each other"),
+        (["--pretrained=w", "--dense=d"], "^--dense and --pretrained exclude each other"),
         (["--pretrained=w", "--image-size=8"], "--image-size is 8; accepted is at least 32 for resnet50"),
         (["--dry-run", "--arch=alexnet", "--image-size=62"], "--image-size is 62; accepted is at least 63 for alexnet"),
         (["--pretrained=w", "--max-unreadable=-1"], "--max-unreadable is -1; accepted is 0 or more"),

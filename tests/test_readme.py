@@ -1,4 +1,4 @@
-"""The README's training loop, run as it stands there."""
+"""The README's training loop and step, run as they stand there."""
 
 import re
 from pathlib import Path
@@ -22,6 +22,7 @@ class Network(nn.Module):
 def test_the_training_loop():
     blocks = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "make_train_step(" in block)
+    (step,) = (block for block in blocks if "def loss_fn(" in block)
     model, steps, rng = Network(), 40, np.random.default_rng(0)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32)), train=False)
     images = rng.normal(size=(steps, 16, 32)).astype(np.float32)
@@ -31,3 +32,7 @@ def test_the_training_loop():
     exec(loop, names)  # the names of its text, and those that it defines
     kept = sum(np.count_nonzero(w) for path, w in ltp.named_leaves(names["hard"]) if path.endswith("kernel"))
     assert kept == (32 * 64 + 64 * 4) // 16
+    exec(step, names)
+    assert all(np.any(grad != 0) for grad in jax.tree.leaves(names["grads"]))
+    assert all(grad != 0 for grad in names["threshold_grads"].values())
+    assert names["updated"]["batch_stats"].keys() == variables["batch_stats"].keys()

@@ -5,12 +5,16 @@ import json
 import shutil
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
+import ltp_jax as ltp
+from ltp_jax.adapters import nnx_apply
 from ltp_jax.trail import Entry, Resume, Trail, TrailError, pareto, restore_network, save_network
 
 PARAMS = {"conv": {"kernel": jnp.array([[1.5, 0.0], [0.0, -2.0]]), "bias": jnp.ones(2)}}
@@ -142,6 +146,17 @@ def test_broken_entry_is_named(path, tmp_path):
         Trail(tmp_path / "trail").restore(ENTRIES[3])
 
 
+def test_broken_entry_is_named_to_a_run_that_goes_on(path, tmp_path):
+    shutil.copytree(path, tmp_path / "trail")
+    (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text('{"epoch"')
+    with pytest.raises(TrailError, match=r"entry 2 .* cannot be read.*; the others can be once .*trail/2 is removed"):
+        Trail(tmp_path, create=True)
+    shutil.rmtree(tmp_path / "trail" / "2")
+    trail = Trail(tmp_path, create=True)
+    assert trail.epochs == (0, 1, 3, 4)
+    trail.close()
+
+
 def test_half_written_entry_is_no_entry(path, tmp_path):
     shutil.copytree(path, tmp_path / "trail")
     (tmp_path / "trail" / "4").rename(tmp_path / "trail" / "4.orbax-checkpoint-tmp")
@@ -195,10 +210,17 @@ def test_broken_resume_state_gives_way_to_the_one_before(tmp_path, caplog):
     resume.close()
     shutil.rmtree(tmp_path / "resume" / "2" / "state" / "ocdbt.process_0")
     shutil.rmtree(tmp_path / "resume" / "2" / "state" / "d")
-    restored = Resume(tmp_path / "resume").restore(abstract(state))
+    resume = Resume(tmp_path / "resume")
+    restored = resume.restore(abstract(state))
     assert restored is not None
     assert restored["step"] == 1
     assert "the state of step 2" in caplog.text
+    # It makes room for what is trained anew.
+    resume.save(2, state | {"step": jnp.int32(2)})
+    resume.close()
+    restored = Resume(tmp_path / "resume").restore(abstract(state))
+    assert restored is not None
+    assert restored["step"] == 2
 
 
 def test_resume_state_of_another_run_is_refused(tmp_path):
@@ -215,6 +237,64 @@ def test_network_by_itself(tmp_path):
     chex.assert_trees_all_equal(network, {"params": jax.device_get(PARAMS), "batch_stats": {}})
     with pytest.raises(TrailError, match="there is no network in"):
         restore_network(tmp_path / "absent")
+
+
+def test_an_epoch_that_is_there_is_not_written_again(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    for e in (ENTRIES[0], ENTRIES[2]):
+        trail.save(e, PARAMS, STATS)
+    for e in (ENTRIES[1], entry(2, 8.0)):
+        with pytest.raises(TrailError, match=f"goes to epoch 2: there is no place for one of epoch {e.epoch}"):
+            trail.save(e, PARAMS, STATS)
+    trail.close()
+    assert trail.entries == Trail(tmp_path).entries == (ENTRIES[0], ENTRIES[2])
+    with pytest.raises(TrailError, match="was opened to be read, or closed"):
+        trail.save(ENTRIES[3], PARAMS, STATS)
+
+
+def test_figures_may_be_arrays(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    trail.save(dataclasses.replace(ENTRIES[1], compression=jnp.float32(4.0), top1=np.float32(89.5)), PARAMS, STATS)
+    assert trail.entries == (ENTRIES[1],)
+    trail.close()
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
+
+
+def test_an_nnx_network_goes_back_into_its_model(tmp_path):
+    model = Net(nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    trail = Trail(tmp_path / "trail", create=True)
+    trail.save(ENTRIES[0], params, rest)
+    save_network(tmp_path / "dense", params, rest)
+    images = jnp.ones((5, 3))
+    expected, _ = nnx_apply(graphdef)(params, rest, images, train=False, key=None)
+    for network in (trail.restore(ENTRIES[0]), restore_network(tmp_path / "dense")):
+        assert [path for path, _ in ltp.named_leaves(network["params"])] == [p for p, _ in ltp.named_leaves(params)]
+        other = Net(nnx.Rngs(1))
+        for kind, part in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
+            state = nnx.state(other, kind)
+            pure = nnx.restore_int_paths(network[part])
+            nnx.replace_by_pure_dict(state, {key: pure[key] for key in nnx.to_pure_dict(state)})
+            nnx.update(other, state)
+        other.eval()
+        np.testing.assert_array_equal(other(images), expected)
+    trail.close()
+
+
+def test_boxes_of_linen_metadata_are_not_written(tmp_path):
+    kernel = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    params = nn.Dense(2, kernel_init=kernel).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    save_network(tmp_path / "dense", params, {})
+    assert restore_network(tmp_path / "dense")["params"]["kernel"].shape == (3, 2)
 
 
 def test_entry_is_frozen():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import ltp_jax as ltp
 from ltp_jax import pruner as pruners
@@ -154,10 +155,45 @@ def test_dense_method_trains_the_network_as_it_is(variables):
 def test_one_trace_serves_learning_and_recovery(variables):
     step, state, _ = make(variables["params"], penalty=1.0, learn_steps=2, batch_stats=variables["batch_stats"])
     step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
-    state = jax.tree.map(jnp.copy, state)  # the parameters belong to other tests, too
     for i in range(5):
         state = step(state, networks.batch(seed=i))
     assert state.step == 5
+
+
+def test_the_state_keeps_its_types(variables):
+    """With 64 bits switched on, and with frozen dicts: a loop of XLA wants the same types before a step and after."""
+    for given, wide in ((freeze(variables), False), (variables, True)):
+        with jax.enable_x64(wide):
+            step, state, _ = make(given["params"], penalty=1.0, batch_stats=given["batch_stats"])
+            batches = jax.tree.map(lambda row: jnp.stack([row, row]), networks.batch())
+            after, _ = jax.lax.scan(lambda s, batch, step=step: (step(s, batch), None), state, batches)
+            assert after.totals["loss"].dtype == jnp.float32
+
+
+def test_the_state_has_arrays_of_its_own(variables):
+    step, state, pruner = make(variables["params"], batch_stats=variables["batch_stats"])
+    key = jax.random.key(0)
+    state = create_state(variables["params"], variables["batch_stats"], optax.sgd(0.0), pruner, key)
+    jax.jit(step, donate_argnums=0)(state, networks.batch())
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((variables, key)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_gradient_moves_no_threshold(bad):
+    # Momentum alone moves it: r = 0.5 − 0.1 · 2, then − 0.1 · 0.9 · 2.
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    state = pruners.step_thresholds({"kernel": jnp.float32(bad)}, state, optimizer, 1e-3)
+    np.testing.assert_allclose(state.thresholds["kernel"], (0.5 - 0.2 - 0.18) ** 2, rtol=1e-5)
+
+
+def test_a_threshold_below_zero_is_one_of_zero():
+    optimizer = optax.sgd(0.1)
+    below, zero = (
+        pruners.step_thresholds({"kernel": jnp.float32(-2.0)}, threshold_state(optimizer, tau), optimizer, 1e-3)
+        for tau in (-1e-3, 0.0)
+    )
+    assert below.thresholds["kernel"] == zero.thresholds["kernel"] > 0
 
 
 def test_jit_and_no_jit_agree(variables):

@@ -9,6 +9,8 @@ import networks
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import ltp_jax as ltp
 
@@ -167,6 +169,11 @@ def test_l0_is_the_sum_over_layers_and_weighs_costs(params, state):
     )
 
 
+def test_a_cost_that_is_missing_is_named(params, state):
+    with pytest.raises(ValueError, match="the costs lack depthwise/kernel, head/kernel"):
+        ltp.l0(params, state, costs={"conv/kernel": 1.0, "hed/kernel": 2.0})
+
+
 def test_l0_gradient_reaches_weights_only_if_asked(params, state):
     zero = jax.grad(ltp.l0)(params, state)
     chex.assert_trees_all_equal(zero, jax.tree.map(jnp.zeros_like, params))
@@ -245,3 +252,46 @@ def test_threshold_below_zero_counts_as_zero_and_can_come_back(params, state):
 
     chex.assert_trees_all_equal(slopes(below), slopes(zero))
     assert all(slope < 0 for slope in slopes(below).values())
+
+
+def test_thresholds_without_bound(params, state):
+    for tau, kept in ((np.inf, 0), (-np.inf, sum(KERNELS.values()))):
+        beyond = state.replace(thresholds=dict.fromkeys(state.thresholds, jnp.float32(tau)))
+        assert ltp.l0(params, beyond) == pytest.approx(kept, rel=0.5)
+        assert ltp.summarize(params, beyond).kept == kept
+        assert all(np.isfinite(w).all() for w in jax.tree.leaves(ltp.soft_prune(params, beyond)))
+
+
+def test_what_is_no_number_is_not_taken_for_pruned(params, state):
+    params = params | {"head": {**params["head"], "kernel": params["head"]["kernel"].at[0].set(np.nan)}}
+    assert np.isnan(ltp.hard_prune(params, state)["head"]["kernel"][0]).all()
+    nowhere = state.replace(thresholds=dict.fromkeys(state.thresholds, jnp.float32(np.nan)))
+    assert ltp.summarize(params, nowhere).kept == sum(KERNELS.values())
+
+
+def test_summary_of_more_weights_than_int32_counts():
+    half = ltp.transform.TensorSummary(weights=3 * 2**29, kept=jnp.int32(2**30), threshold=jnp.float32(0))
+    summary = ltp.transform.Summary({"a": half, "b": half}, unpruned=2**30)
+    assert float(summary.kept) == 2**31
+    np.testing.assert_allclose(summary.density, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(summary.compression, 3 / 2, rtol=1e-6)
+    np.testing.assert_allclose(summary.network_compression, 4 / 3, rtol=1e-6)
+    assert "2,147,483,648" in str(summary)
+    assert jax.eval_shape(lambda s: s.compression, summary).shape == ()
+
+
+def test_gradients_of_split_weights(params, state):
+    """Within jax.shard_map, whose types tell what differs between devices: it is so with a single one as well."""
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Auto,))
+    split = jax.tree.map(lambda w: P(*(None,) * (w.ndim - 1), "devices"), params)
+
+    def loss(params, thresholds, leak):
+        now = state.replace(thresholds=thresholds)
+        pruned = ltp.soft_prune(params, now, leak=leak)
+        return sum(jnp.sum(w**2) for w in jax.tree.leaves(pruned)) + ltp.l0(params, now)
+
+    parts = jax.shard_map(
+        lambda *args: jax.lax.psum(loss(*args), "devices"), mesh=mesh, in_specs=(split, P(), P()), out_specs=P()
+    )
+    args = params, state.thresholds, jnp.float32(0.3)
+    chex.assert_trees_all_close(jax.grad(parts, (0, 1))(*args), jax.grad(loss, (0, 1))(*args), rtol=1e-5)

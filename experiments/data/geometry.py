@@ -60,7 +60,8 @@ def resize(image: np.ndarray, out: np.ndarray, interpolation: Interpolation) -> 
 
     Reductions up to 1.5 times need no more than interpolation, which reads all pixels. Those up to threefold
     interpolate at twice the wanted resolution and average 2×2 pixels, larger ones average areas. On photographs the
-    result is within a grey level of Pillow's antialiased filter on average.
+    result differs from that of Pillow's antialiased filter by less than a grey level on average at 128 pixels and more,
+    and by 1.2 to 2.2 at 64 and 32.
 
     Args:
         image: uint8 `[height, width, 3]`.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -202,7 +203,7 @@ def photographs(
         DataError: the dataset or a split is not there, not complete, or not for image classification.
     """
     train = open_split(name, data_dir, train_split)
-    held_out = open_split(name, data_dir, eval_split or ("validation" if name.startswith("imagenet2012") else "test"))
+    held_out = open_split(name, data_dir, eval_split or ("validation" if is_imagenet(name) else "test"))
     return PhotographDataset(
         name=name,
         num_classes=train.num_classes,
@@ -219,6 +220,16 @@ def photographs(
         train_damage=_Damage(train, max_unreadable),
         eval_damage=_Damage(held_out, max_unreadable),
     )
+
+
+def is_imagenet(name: str) -> bool:
+    """Whether a dataset in TFDS's notation, with or without configuration and version, is ImageNet of 2012."""
+    return re.split("[/:]", name)[0] == "imagenet2012"
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
@@ -239,7 +250,7 @@ def _iterate(batches: grain.MapDataset, workers: int, damage: _Damage) -> Iterat
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         iterator = iter(stream.mp_prefetch(options, worker_init_fn=_prepare_worker))
     else:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = usable_cores()
         iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
     try:
         for raw in iterator:

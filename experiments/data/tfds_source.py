@@ -127,7 +127,10 @@ def _find(name: str, data_dir: str | None) -> Any:
     # Whatever a builder's own code or a half-written description makes TFDS raise means the same to the user.
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"The dataset '{name}' in {folder} cannot be opened: {reason}") from error
+        raise DataError(
+            f"The dataset '{name}' in {folder} cannot be opened: {reason}\n"
+            "If it is its folder that is damaged, remove it and prepare the dataset again."
+        ) from error
     if not builder.is_prepared():
         raise DataError(f"There is no dataset '{name}' in {folder}.\n{_how_to_prepare(name, data_dir)}")
     return builder

@@ -49,6 +49,13 @@ def test_uses_by_hand():
     }
 
 
+def test_kernels_with_metadata():
+    kernel = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    for layer in (nn.Dense(3, kernel_init=kernel), nn.Conv(3, (1, 1), kernel_init=kernel)):
+        plan, images = plan_of(Inside(layer), (2, 5, 6, 4))
+        assert uses_per_input(Inside(layer), images, plan, train=False) == {"layer/kernel": 30}
+
+
 def test_multiply_accumulates_of_known_networks():
     # LeNet-5: 24²·20·25 + 8²·50·500 + 400,000 + 5,000; ResNet-20: 40.6 million (He et al.)
     for name, shape, macs in (("lenet5", (1, 28, 28, 1), 2_293_000), ("resnet20", (1, 32, 32, 3), 40_551_040)):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import ltp_jax as ltp
 from ltp_jax import target
@@ -95,6 +97,7 @@ def test_exact_thresholds_keep_the_largest_and_one_of_each_layer():
     hard = ltp.hard_prune(TOY, state)
     np.testing.assert_array_equal(hard["a"]["kernel"], [0, 0, 0, -4])
     np.testing.assert_array_equal(hard["b"]["kernel"], [0, 6, -7, 8])
+    assert tau["b/kernel"] == (25 + 36) / 2
 
 
 def test_exact_thresholds_compare_weights_in_units_of_their_layers_scale():
@@ -476,3 +479,52 @@ def test_one_trace_serves_the_whole_run():
     for i in range(SELECT + 2):
         state = traced(state, batch(i))
     assert len(traces) == 1
+
+
+def test_soft_and_hard_network_are_the_same_from_the_first_fixed_step():
+    states = run(pruner_to(8))
+    assert [bool(state.pruning.fixed) for state in states[SELECT - 1 : SELECT + 1]] == [False, True]
+    state = states[SELECT]
+    soft, _ = pruner_to(8).soften(state.params, state.pruning.thresholds, state.pruning, state.step)
+    jax.tree.map(np.testing.assert_array_equal, soft, pruner_to(8).harden(state.params, state.pruning))
+
+
+def test_one_bad_gradient_moves_no_offset():
+    params, pruner = initial_params(), pruner_to(8)
+    state, update = pruner.init(params), jax.jit(pruner.update)
+    bad = dict.fromkeys(SIZES, jnp.float32(0.1)) | {"two/kernel": jnp.float32(np.nan)}
+    ends = []
+    for grads in (bad, dict.fromkeys(SIZES, jnp.float32(0))):
+        now = update(dict.fromkeys(SIZES, jnp.float32(0.1)), params, params, state, 0)[1]
+        ends.append(update(grads, params, params, now, 1)[1].thresholds)
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_weights_may_be_small():
+    """What a normalisation follows may have any scale: 1e-15 of the usual one here."""
+    small = jax.tree.map(lambda w: w * 1e-15, initial_params())
+    pruner = pruner_to(8, leak=0.0)
+    state, update = pruner.init(small), jax.jit(pruner.update)
+    still = dict.fromkeys(state.thresholds, jnp.float32(0))
+    for step in range(SELECT + 2):
+        small, state = update(still, small, small, state, step)
+    assert state.fixed
+    hard = pruner.harden(small, state)
+    assert sum(np.count_nonzero(w) for path, w in ltp.named_leaves(hard) if path in SIZES) == 1696 // 8
+
+
+def test_a_target_on_an_explicit_mesh():
+    """Sharding is part of the type there, with a single device as well."""
+    params, pruner = initial_params(), pruner_to(8)
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = {
+            layer: {name: jax.device_put(w, P("devices", *(None,) * (w.ndim - 1))) for name, w in tensors.items()}
+            for layer, tensors in params.items()
+        }
+        state = pruner.init(split)
+        _, moved = jax.jit(pruner.update)(dict.fromkeys(SIZES, jnp.float32(0.1)), split, split, state, 0)
+    expected = pruner.init(params)
+    np.testing.assert_allclose(list(state.offsets.values()), list(expected.offsets.values()), rtol=1e-6)
+    _, other = jax.jit(pruner.update)(dict.fromkeys(SIZES, jnp.float32(0.1)), params, params, expected, 0)
+    np.testing.assert_allclose(list(moved.thresholds.values()), list(other.thresholds.values()), rtol=1e-5)

@@ -195,7 +195,9 @@ def test_extra_tensor(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
 def test_wrong_shape(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'conv_stem\.weight' has shape \(6,\), expected \(16, 3, 3, 3\)"):
         _load(tensors | {"conv_stem.weight": VALUES}, tmp_path)
-    with pytest.raises(ValueError, match=r"'classifier\.bias' has shape \(1000,\), expected \(10,\); give num_classes"):
+    with pytest.raises(
+        ValueError, match=r"'classifier\.bias' has shape \(1000,\), expected \(10,\); give the num_classes"
+    ):
         _load(tensors, tmp_path, num_classes=10)
 
 
