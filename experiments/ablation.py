@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import ltp_jax as ltp
 from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS, check_seeds
-from experiments.compare_report import read_cell, read_cells, spread
+from experiments.compare_report import read_cell, read_cells, save_picture, spread
 from experiments.config import ConfigError, TrainConfig, write_json
 from experiments.console import run_command
-from experiments.harness import Harness, Network, Run, hold_out
+from experiments.harness import Harness, Network, Run, hold_out, what_is_left
 from experiments.run import kernel_decay, weights_optimizer
 from ltp_jax.pruner import Pruner
 
@@ -93,17 +91,16 @@ def measure(harness: Harness, run: Run, pruner: Pruner, network: Network, seed: 
     """One run: the last hard network, the soft one that was trained, and the hardening gap after every epoch."""
     harden = jax.jit(pruner.harden)
     soften = jax.jit(lambda state: pruner.soften(state.params, state.pruning.thresholds, state.pruning, state.step)[0])
-    sizes = {tensor.path: tensor.size for tensor in harness.plan.tensors if tensor.prune}
     rows = []
     for state in run(network, seed):
         hard = harden(state.params, state.pruning)
-        kept = {path: int(jnp.count_nonzero(w)) for path, w in ltp.named_leaves(hard) if path in sizes}
+        compression, densities = what_is_left(harness.plan, hard)
         rows.append(
             {
-                "compression": sum(sizes.values()) / max(sum(kept.values()), 1),
+                "compression": compression,
                 "top1": harness.top1(hard, state.batch_stats),
                 "soft_top1": harness.top1(soften(state), state.batch_stats),
-                "densities": {path: kept[path] / size for path, size in sizes.items()},
+                "densities": densities,
             }
         )
     return {"dense_top1": harness.top1(network["params"], network["batch_stats"]), "epochs": rows} | rows[-1]
@@ -161,7 +158,7 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=120)
+    save_picture(figure, path)
 
 
 def main() -> None:

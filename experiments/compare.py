@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import tyro
 
-import ltp_jax as ltp
 from experiments import compare_report, data
 from experiments.compare_report import Cell
 from experiments.compare_settings import (
@@ -34,7 +32,7 @@ from experiments.compare_settings import (
 from experiments.config import ConfigError, TrainConfig, require, require_any, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
-from experiments.harness import Harness, Run, hold_out
+from experiments.harness import Harness, Run, hold_out, what_is_left
 
 HELD_OUT = 10_000  # training images that settings are judged on
 
@@ -146,18 +144,17 @@ def check_seeds(option: str, seeds: Sequence[int]) -> None:
 def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any], seed: int) -> Cell:
     """One run: the figures of the pruned network after its last epoch, and the way there."""
     network = harness.dense_network(seed)
-    sizes = {tensor.path: tensor.size for tensor in harness.plan.tensors if tensor.prune}
     curve = []
     for state in compiled(network, seed):
         hard = harden(state.params, state.pruning)
-        kept = {path: int(jnp.count_nonzero(w)) for path, w in ltp.named_leaves(hard) if path in sizes}
-        curve.append((sum(sizes.values()) / max(sum(kept.values()), 1), harness.top1(hard, state.batch_stats)))
+        compression, densities = what_is_left(harness.plan, hard)
+        curve.append((compression, harness.top1(hard, state.batch_stats)))
     return {
         "achieved": curve[-1][0],
         "top1": curve[-1][1],
         "train_top1": harness.train_top1(hard, state.batch_stats),
         "dense_top1": harness.top1(network["params"], network["batch_stats"]),
-        "densities": {path: kept[path] / size for path, size in sizes.items()},
+        "densities": densities,
         "epochs": [{"compression": compression, "top1": top1} for compression, top1 in curve],
     }
 

@@ -238,7 +238,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: mean and standard deviation over seeds")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_densities(cells: Sequence[Cell], path: Path) -> None:
@@ -272,7 +272,7 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     bars = {label: bar for axes in panels for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(shown))
     figure.suptitle(f"{cells[0]['network']} on {cells[0]['dataset']}: where the weights are left, mean over seeds")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_plan(cells: Sequence[Cell], path: Path) -> None:
@@ -297,8 +297,9 @@ def draw_plan(cells: Sequence[Cell], path: Path) -> None:
     axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: density (dots, every seed) and plan (lines)")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_picture(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG."""
     FigureCanvasAgg(figure).print_figure(path, dpi=120)

@@ -43,8 +43,6 @@ class DryRunConfig(Protocol):
     @property
     def mesh(self) -> MeshConfig: ...
     @property
-    def image_size(self) -> int | None: ...
-    @property
     def topology(self) -> str | None: ...
 
 
@@ -61,7 +59,7 @@ def report(
     Args:
       config: the options; with a topology, the training step is compiled for that slice, pruning and dense.
       module: the network, in the compute dtype of the run.
-      image_size: side of the images in pixels; if nothing is said, that of the options, or of the network.
+      image_size: side of the images in pixels; that of the network if nothing is said.
       train_size: images of an epoch.
       timeout: seconds that each compilation may take.
 
@@ -79,7 +77,7 @@ def report(
     train = TrainConfig(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainConfig)})
     _check_batch(train, config.mesh, devices, train_size)
     spec = models.spec(config.arch)
-    size = image_size or config.image_size or spec.input_size
+    size = image_size or spec.input_size
     shape = (size, size, spec.channels)
 
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

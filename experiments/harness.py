@@ -15,15 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import ltp_jax as ltp
 from experiments.config import ConfigError, TrainConfig, differences, write_json
 from experiments.data.in_memory import InMemoryDataset
-from experiments.run import check_network, weights_optimizer
+from experiments.run import check_network, init_network, normalising_apply, weights_optimizer
 from ltp_jax import models
-from ltp_jax.adapters import linen_apply
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.trail import restore_network, save_network
 from ltp_jax.training import (
@@ -61,6 +59,13 @@ def hold_out(dataset: InMemoryDataset, size: int) -> InMemoryDataset:
     )
 
 
+def what_is_left(plan: ltp.Plan, hard: Any) -> tuple[float, dict[str, float]]:
+    """The compression of a hard-pruned network, and the density of each pruned tensor by path."""
+    sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
+    kept = {path: int(jnp.count_nonzero(w)) for path, w in ltp.named_leaves(hard) if path in sizes}
+    return plan.prunable / max(sum(kept.values()), 1), {path: kept[path] / size for path, size in sizes.items()}
+
+
 def check_training(record: Path, train: TrainConfig) -> None:
     """Raises ConfigError if the network beside a record was trained in another way. One without a record gets it."""
     wanted, path = dataclasses.asdict(train), record.with_suffix("")
@@ -96,9 +101,8 @@ class Harness:
         self.pretrain = pretrain
         self.workdir = workdir
         self.module = models.create(arch, num_classes=dataset.num_classes)
-        mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
-        self.apply = linen_apply(self.module, lambda images: (images.astype(jnp.float32) - mean) / std)
-        self.plan = ltp.plan(jax.eval_shape(self._initial_network, jax.random.key(0))["params"])
+        self.apply = normalising_apply(self.module, dataset)
+        self.plan = ltp.plan(jax.eval_shape(lambda: init_network(self.module, dataset, 0))["params"])
         self._evaluate = jax.jit(make_eval_step(self.apply))
 
     def steps(self, config: TrainConfig) -> int:
@@ -113,7 +117,7 @@ class Harness:
             learn, or weights that are not finite.
         """
         path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
-        initial = self._initial_network(jax.random.key(seed))
+        initial = init_network(self.module, self.dataset, seed)
         known = path.is_dir()
         if known:
             check_training(path.with_suffix(".json"), self.pretrain)
@@ -207,7 +211,3 @@ class Harness:
         ]
         totals = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(sums))
         return 100 * float(totals["top1"] / totals["examples"])
-
-    def _initial_network(self, key: jax.Array) -> Network:
-        variables = self.module.init(key, jnp.zeros((1, *self.dataset.image_shape), jnp.float32), train=False)
-        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}

@@ -179,6 +179,12 @@ def init_network(module: nn.Module, dataset: Dataset, seed: int) -> dict[str, An
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
+def normalising_apply(module: nn.Module, dataset: Dataset) -> Apply:
+    """The network on the dataset's own images, normalised on the device."""
+    mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+    return linen_apply(module, lambda images: (images.astype(jnp.float32) - mean) / std)
+
+
 def make_pruner(config: Config, module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> Pruner:
     """LTP as the options have it, for this network and this many images."""
     steps = config.train.epochs * (dataset.train_size // config.train.batch_size)
@@ -282,8 +288,7 @@ class Job:
         self.preempted = preempted
         self.mesh = make_mesh(config.mesh.fsdp)
         self.module = module
-        mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
-        self.apply: Apply = linen_apply(module, lambda images: (images.astype(jnp.float32) - mean) / std)
+        self.apply = normalising_apply(module, dataset)
         self.eval_step = jax.jit(make_eval_step(self.apply), out_shardings=replicated(self.mesh))
 
     def dense_network(self) -> tuple[Any, Any]:

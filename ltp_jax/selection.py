@@ -135,7 +135,10 @@ def named_leaves(tree: Params) -> Iterator[tuple[str, Any]]:
 
 
 def path_name(keys: tuple[Any, ...]) -> str:
-    """The path of a leaf as a string. The box of an NNX variable or of Linen metadata is no part of it."""
+    """The path of a leaf as a string. The box of an NNX variable or of Linen metadata is no part of it.
+
+    A field named ``value`` of a tuple or dataclass is taken for such a box: its path is that of what it is a field of.
+    """
     if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")

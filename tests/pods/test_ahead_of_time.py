@@ -40,7 +40,6 @@ class Options:
     train: TrainConfig = TrainConfig(epochs=2, batch_size=64, learning_rate=0.1)
     ltp: LtpConfig = LtpConfig()
     mesh: MeshConfig = MeshConfig()
-    image_size: int | None = None
     topology: str | None = None
 
 
