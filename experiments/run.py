@@ -76,6 +76,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
     Raises:
       ConfigError: if the options do not go with the network, the data or the devices; nothing is written then. Later,
         if a dense network that was trained or taken here cannot be pruned.
+      RunError: if another run writes to the same directory, or the loss is no number.
       Preempted: if a process was asked to stop, after the state was saved.
     """
     check_options(config, module, dataset, start)
@@ -103,8 +104,8 @@ def only_writer(directory: Path) -> Iterator[None]:
     """Keeps other runs out of a directory, which is made if it is not there, for as long as this process lives.
 
     Raises:
-      ConfigError: if another run is in it, or it is a file. Where the system or its files have no locks, nobody is
-        kept out.
+      RunError: if another run is in it. Where the system or its files have no locks, nobody is kept out.
+      ConfigError: if it is a file.
     """
     if directory.exists() and not directory.is_dir():
         raise ConfigError(
@@ -120,7 +121,7 @@ def only_writer(directory: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(
+                raise RunError(
                     f"another run is writing to {directory}; wait for its end, or choose another --workdir"
                 ) from error
         yield

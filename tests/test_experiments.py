@@ -259,7 +259,7 @@ def test_broken_configuration_file_is_said(tmp_path):
 
 def test_two_runs_do_not_write_to_one_directory(finished, tmp_path):
     config = tiny(tmp_path / "run", dense=finished / "dense")
-    with runs.only_writer(config.workdir), pytest.raises(ConfigError, match=r"another run is writing to .*/run; wait"):
+    with runs.only_writer(config.workdir), pytest.raises(RunError, match=r"another run is writing to .*/run; wait"):
         start(config)
     assert not any(config.workdir.iterdir())
     start(config)  # nobody is in it now
