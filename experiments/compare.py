@@ -125,7 +125,9 @@ class CompareConfig:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
         if self.epochs is not None:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
-        if self.setting_of and "str" in self.methods:
+        if self.setting_of and self.command == "tune":
+            raise ConfigError("--setting-of goes with run and report: tune finds the settings")
+        if self.setting_of and self.command == "run" and "str" in self.methods:
             raise ConfigError(
                 "--methods has str, which needs a decay for each compression; --setting-of has none for it"
             )
@@ -278,8 +280,10 @@ def tuning(config: CompareConfig, methods: Sequence[str]) -> list[Cell]:
 
 
 def command_for(config: CompareConfig, command: str) -> str:
-    """Another command on the same figures, without the options that say which of them."""
+    """Another command on the same figures."""
     words = ["python -m experiments.compare", command, f"--arch={config.arch}"]
+    if config.setting_of and command == "run":
+        words += [f"--setting-of={config.setting_of}", "--methods", *(m for m in config.methods if m != "str")]
     if config.epochs is not None:
         words.append(f"--epochs={config.epochs}")
     if config.results != CompareConfig.results:

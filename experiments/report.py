@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ltp_jax.target import FIXED_THRESHOLD
 from ltp_jax.trail import Entry, Trail, pareto
 
 
@@ -32,11 +31,8 @@ def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
     )
     draw_layers(
         entries[1:],
-        # Fixed masks need no threshold; the lines end where they are fixed.
-        [
-            {path: tau**0.5 if tau > 10 * FIXED_THRESHOLD else math.nan for path, tau in e.thresholds.items()}
-            for e in entries[1:]
-        ],
+        # Fixed masks have next to no threshold; the lines end where they are fixed.
+        [{path: tau**0.5 if tau > 1e-20 else math.nan for path, tau in e.thresholds.items()} for e in entries[1:]],
         paths["thresholds"],
         f"{title}: thresholds while they are learned",
         "smallest |w| that is kept, √τ",

@@ -374,6 +374,10 @@ class Job:
                 entry = next(entry for entry in trail.entries if entry.epoch == epoch)
                 self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
                 return
+            if epoch < max(trail.epochs, default=0):
+                # One that was broken and removed, while the state to go on from is as old: there is no place for it.
+                log.warning("the trail goes on behind epoch %d: it stays without an entry", epoch)
+                return
             hard = harden(state.params, state.pruning)
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
             figures = self._evaluate(hard, state.batch_stats)

@@ -179,7 +179,9 @@ class Trail:
             )
         if (latest := self._manager.latest_step()) is not None and latest >= entry.epoch:
             raise TrailError(f"the trail in {self.path} goes to epoch {latest}: there is no place for one of {entry}")
-        figures = json.loads(json.dumps(dataclasses.asdict(entry) | {"gap": entry.gap}, default=float))
+        figures = json.loads(
+            json.dumps(dataclasses.asdict(entry) | {"gap": entry.gap}, default=lambda figure: figure.item())
+        )
         metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(_plain(params, batch_stats))
         with _writing(self.path):
             self._manager.save(entry.epoch, args=ocp.args.Composite(network=network, metrics=metrics))

@@ -75,7 +75,7 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
     """Mean softmax cross entropy; a share ``label_smoothing`` of each label is spread over all classes."""
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        one_hot = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
+        one_hot = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=jnp.promote_types(logits.dtype, jnp.float32))
         labels = optax.smooth_labels(one_hot, label_smoothing)
         return jnp.mean(optax.softmax_cross_entropy(logits, labels))
 

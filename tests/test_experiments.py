@@ -197,6 +197,15 @@ def test_entry_lost_with_its_process_is_written_again(finished, tmp_path):
     )
 
 
+def test_a_run_goes_on_when_a_broken_entry_was_removed(finished, tmp_path, caplog):
+    start(tiny(tmp_path, dense=finished / "dense"))
+    shutil.rmtree(tmp_path / "trail" / "1")
+    shutil.rmtree(tmp_path / "resume")
+    trail = start(tiny(tmp_path, dense=finished / "dense"))
+    assert trail.epochs == (0, 2)
+    assert "goes on behind epoch 1" in (tmp_path / "log.txt").read_text()
+
+
 def test_dense_network_of_another_run_is_taken(finished, tmp_path):
     trail = start(tiny(tmp_path, dense=finished / "dense"))
     assert trail.entries == Trail(finished).entries

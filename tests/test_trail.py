@@ -254,8 +254,10 @@ def test_an_epoch_that_is_there_is_not_written_again(tmp_path):
 
 def test_figures_may_be_arrays(tmp_path):
     trail = Trail(tmp_path, create=True)
-    trail.save(dataclasses.replace(ENTRIES[1], compression=jnp.float32(4.0), top1=np.float32(89.5)), PARAMS, STATS)
+    figures = {"step": jnp.int32(10), "compression": jnp.float32(4.0), "top1": np.float32(89.5)}
+    trail.save(dataclasses.replace(ENTRIES[1], **figures), PARAMS, STATS)
     assert trail.entries == (ENTRIES[1],)
+    assert type(trail.entries[0].step) is int
     trail.close()
 
 

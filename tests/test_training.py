@@ -277,6 +277,13 @@ def test_padding_cannot_spoil_the_loss():
     np.testing.assert_allclose(fixed_logits(logits)({}, {}, batch)["loss"], np.log(3), rtol=1e-6)
 
 
+def test_the_loss_is_float32_for_half_precision():
+    logits = jnp.array([[0.0, 1.0, 3.0]], jnp.bfloat16)
+    loss = cross_entropy()(logits, {"label": jnp.array([1])})
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, np.log(1 + np.e + np.e**3) - 1, rtol=0.01)  # the logarithms are of half precision
+
+
 def test_label_smoothing_by_hand():
     logits = jnp.array([[2.0, 0.0]])
     p = 1 / (1 + np.exp(-2.0))

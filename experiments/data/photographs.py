@@ -193,8 +193,8 @@ def photographs(
         mean: per channel, on the 0…255 scale, for the caller to normalise with.
         std: per channel, on the 0…255 scale, for the caller to normalise with.
         train_split: in TFDS's notation, such as `train[:90%]`.
-        eval_split: in TFDS's notation; None is `validation` for imagenet2012, whose test labels are not public, and
-            `test` for others.
+        eval_split: in TFDS's notation; None is `validation` for imagenet2012 and what is made of it, whose test labels
+            are not public, and `test` for others.
         workers: processes that prepare batches; 0 is threads of this process. The batches are the same. Each worker
             holds up to two batches of this process's rows, in shared memory.
         max_unreadable: images of a split that may be skipped, in each process of a job, before it is an error.
@@ -203,7 +203,7 @@ def photographs(
         DataError: the dataset or a split is not there, not complete, or not for image classification.
     """
     train = open_split(name, data_dir, train_split)
-    held_out = open_split(name, data_dir, eval_split or ("validation" if is_imagenet(name) else "test"))
+    held_out = open_split(name, data_dir, eval_split or ("validation" if name.startswith("imagenet2012") else "test"))
     return PhotographDataset(
         name=name,
         num_classes=train.num_classes,

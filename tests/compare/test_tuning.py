@@ -197,11 +197,16 @@ def test_methods_run_with_the_setting_of_another(tune, monkeypatch):
     ]
     with pytest.raises(ConfigError, match=r"30 runs .* --methods ltp "):
         compare.grid(dataclasses.replace(config, setting_of="ltp"), None)
+    dataclasses.replace(config, command="report", methods=("str",)).check()
+    with pytest.raises(ConfigError, match="--setting-of goes with run and report"):
+        dataclasses.replace(config, command="tune").check()
     with pytest.raises(ConfigError, match=r"has str, which needs a decay for each compression; --setting-of has none"):
         dataclasses.replace(config, methods=("str",)).check()
 
 
-@pytest.mark.parametrize("words", [[], ["--arch=lenet5", "--epochs=30", "--tuning-seeds", "2", "3"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--setting-of=ltp"], ["--arch=lenet5", "--epochs=30", "--tuning-seeds", "2", "3"]]
+)
 def test_what_to_do_when_runs_are_missing_makes_them(tmp_path, monkeypatch, words):
     """The commands of both messages are about the very files that are missed."""
 
