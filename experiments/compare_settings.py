@@ -109,7 +109,7 @@ def selected(prune: float) -> float:
 
 def borrowed(method: str, trial: Trial) -> Trial:
     """A method's setting with rate, decay and descent of another's; the leak and when masks are fixed are its own."""
-    select = selected(trial.prune) if method in ("ltp", "ltp_leak") else 0.0
+    select = selected(trial.prune) if method in compare_report.OWN else 0.0
     return dataclasses.replace(trial, select=select, leak=leak_of(method))
 
 

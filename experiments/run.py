@@ -101,7 +101,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of a directory, which is made if it is not there, for as long as this process lives.
+    """Keeps other runs out of a directory, which is made if it is not there, until this is left or the process ends.
 
     Raises:
       RunError: if another run is in it. Where the system or its files have no locks, nobody is kept out.
@@ -117,13 +117,14 @@ def only_writer(directory: Path) -> Iterator[None]:
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(
-                    f"another run is writing to {directory}; wait for its end, or choose another --workdir"
-                ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another run is writing to {directory}; wait for its end, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            log.debug("%s cannot be locked: %s", directory, error)
         yield
     finally:
         os.close(handle)
@@ -298,13 +299,7 @@ class Job:
         own = config.workdir / "dense"
         if config.dense is None:
             if not own.is_dir():
-                begin = None if self.start is None else self.start.network()
-                if begin is not None:
-                    check_network(begin, jax.eval_shape(self._init_network), config.workdir, config.arch)
-                if begin is not None and self.start is not None and self.start.trained:
-                    self._take(begin, self.start.expected_top1, own)
-                else:
-                    self._pretrain(own, begin)
+                self._make_dense(own)
             if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
                 for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
                     shutil.rmtree(stale, ignore_errors=True)
@@ -312,11 +307,24 @@ class Job:
         try:
             network = restore_network(path)
         except TrailError as error:
-            remedy = "" if config.dense else f"; remove {own}, and it is made anew"
-            raise TrailError(f"{error}{remedy}") from error
+            if config.dense is not None:
+                raise
+            raise TrailError(f"{error}; remove {own}, and it is made anew") from error
         check_network(network, jax.eval_shape(self._init_network), path, config.arch)
         log.info("dense network: %s", path)
         return network["params"], network["batch_stats"]
+
+    def _make_dense(self, path: Path) -> None:
+        """Writes the dense network: what the run begins from, or what is trained from that or from a random start."""
+        if self.start is None:
+            self._pretrain(path, None)
+            return
+        network = self.start.network()
+        check_network(network, jax.eval_shape(self._init_network), self.config.workdir, self.config.arch)
+        if self.start.trained:
+            self._take(network, self.start.expected_top1, path)
+        else:
+            self._pretrain(path, network)
 
     def _take(self, network: dict[str, Any], expected_top1: float | None, path: Path) -> None:
         """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ltp_jax import transform
+from ltp_jax import method, transform
 from ltp_jax.selection import Params, Plan
 from ltp_jax.transform import PruneState, Scalars
 
@@ -137,7 +137,7 @@ def step_thresholds(
       t0: that of the temperatures.
     """
     spread = {path: jnp.sqrt(temperature / t0) for path, temperature in state.prune.temperatures.items()}
-    r = {path: jnp.sqrt(jnp.maximum(tau, 0)) / spread[path] for path, tau in state.thresholds.items()}
+    r = {path: jnp.sqrt(method.valid_threshold(tau)) / spread[path] for path, tau in state.thresholds.items()}
     # ∂τ/∂r = 2 r · spread² vanishes at r = 0, where every run starts: it is taken no smaller than at a hundredth.
     r_grads = {path: g * 2 * jnp.maximum(r[path], 0.01) * spread[path] ** 2 for path, g in grads.items()}
     updates, optimizer_state = optimizer.update(finite_or_zero(r_grads), state.optimizer, r)
