@@ -32,7 +32,7 @@ from experiments.compare_settings import (
 from experiments.config import ConfigError, TrainConfig, require, require_any, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
-from experiments.harness import Harness, Run, hold_out, what_is_left
+from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
 
 HELD_OUT = 10_000  # training images that settings are judged on
 
@@ -105,6 +105,9 @@ class CompareConfig:
     setting_of: Literal["ltp", "gmp_global"] | None = None
     """Run all methods with the setting that tuning chose for this one, in place of one of their own each; of no use
     to STR."""
+    augment: bool = False
+    """Shift the training images of Fashion-MNIST by up to two pixels and mirror every other one, anew in every epoch,
+    in a comparison and with a tuning of their own. Those of CIFAR-10 always are."""
     epochs: int | None = None
     """Epochs with the method, in a comparison and with a tuning of their own; those of the network if nothing is
     said."""
@@ -125,6 +128,8 @@ class CompareConfig:
                 raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
         if self.epochs is not None:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
+        if self.augment and NETWORKS[self.arch].load is data.cifar10:
+            raise ConfigError("--augment is for Fashion-MNIST: the images of CIFAR-10 always are shifted and mirrored")
         if self.setting_of and self.command == "tune":
             raise ConfigError("--setting-of goes with run and report: tune finds the settings")
         if self.setting_of and self.command == "run" and "str" in self.methods:
@@ -212,7 +217,7 @@ def training(config: CompareConfig) -> TrainConfig:
 
 def folder(config: CompareConfig, *, held_out: bool = False) -> Path:
     """Where the runs on the test images, or those of tuning on held-out images, are."""
-    dataset = NETWORKS[config.arch].load.__name__
+    dataset = NETWORKS[config.arch].load.__name__ + ("_augmented" if config.augment else "")
     longer = "" if config.epochs is None else f"_{config.epochs}_epochs"
     if held_out:
         return config.results / f"{dataset}_held_out_{config.arch}{longer}"
@@ -284,6 +289,8 @@ def command_for(config: CompareConfig, command: str) -> str:
     words = ["python -m experiments.compare", command, f"--arch={config.arch}"]
     if config.setting_of and command == "run":
         words += [f"--setting-of={config.setting_of}", "--methods", *(m for m in config.methods if m != "str")]
+    if config.augment:
+        words.append("--augment")
     if config.epochs is not None:
         words.append(f"--epochs={config.epochs}")
     if config.results != CompareConfig.results:
@@ -366,6 +373,8 @@ def main() -> None:
             print(held_out / "table.md")
         return
     dataset = setup.load(config.data_dir)
+    if config.augment:
+        dataset = augmented(dataset)
     if config.command == "tune":
         tune(config, Harness(hold_out(dataset, HELD_OUT), config.arch, config.workdir, setup.pretrain))
     else:

@@ -59,6 +59,11 @@ def hold_out(dataset: InMemoryDataset, size: int) -> InMemoryDataset:
     )
 
 
+def augmented(dataset: InMemoryDataset) -> InMemoryDataset:
+    """The dataset with training images that are shifted by up to two pixels and mirrored, anew in every epoch."""
+    return dataclasses.replace(dataset, name=f"{dataset.name}_augmented", padding=2, flip=True)
+
+
 def what_is_left(plan: ltp.Plan, hard: Any) -> tuple[float, dict[str, float]]:
     """The compression of a hard-pruned network, and the density of each pruned tensor by path."""
     sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}

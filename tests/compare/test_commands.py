@@ -18,7 +18,7 @@ from experiments import run as runs
 from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, write_json
 from experiments.data import digits
 from experiments.digits import DigitsConfig
-from experiments.harness import Harness, hold_out
+from experiments.harness import Harness, augmented, hold_out
 from experiments.run import weights_optimizer
 from ltp_jax import models
 from ltp_jax.pruner import dense
@@ -180,6 +180,27 @@ def test_hold_out_takes_the_last_training_images():
     assert (held.train_size, held.eval_size) == (data.train_size - 100, 100)
     np.testing.assert_array_equal(held.eval_images, data.train_images[-100:])
     np.testing.assert_array_equal(held.train_labels, data.train_labels[:-100])
+
+
+def test_augmented_images_are_shifted_by_up_to_two_pixels_and_mirrored():
+    image = np.zeros((1, 8, 8, 1), np.uint8)
+    image[0, 4, 2] = 255
+    data = dataclasses.replace(
+        digits(), train_size=1, train_images=image, train_labels=np.zeros(1, np.int32), padding=0
+    )
+    changed = augmented(data)
+    seen = [next(changed.train(1, seed=seed))["image"][0, ..., 0] for seed in range(400)]
+    # Columns 0 to 4 are shifts of the second, 3 to 7 those of its mirror image.
+    assert {tuple(np.argwhere(pixels)[0].tolist()) for pixels in seen} == set(itertools.product(range(2, 7), range(8)))
+    np.testing.assert_array_equal(changed.eval_images, data.eval_images)
+    # Its dense networks are others.
+    assert changed.name == "digits_augmented"
+
+
+def test_augmentation_is_of_no_use_to_images_that_always_are_augmented():
+    compare.CompareConfig(command="run", augment=True).check()
+    with pytest.raises(ConfigError, match="--augment is for Fashion-MNIST"):
+        compare.CompareConfig(command="run", augment=True, arch="resnet20").check()
 
 
 def test_cells_are_kept_and_not_run_again(tmp_path, harness, monkeypatch):
