@@ -15,7 +15,8 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
     """A Linen module whose ``__call__`` takes images and ``train``.
 
     Args:
-      module: the network; it may keep ``batch_stats`` and draw from the random stream ``dropout``.
+      module: the network; it may keep ``batch_stats`` and draw from the random stream ``dropout``. One that has other
+        collections or streams takes an ``Apply`` of its own, whose ``batch_stats`` may hold all collections.
       preprocess: applied to the images on the device, such as their normalisation.
     """
 
@@ -38,7 +39,7 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
     """An NNX module split by ``graphdef, params, rest = nnx.split(model, nnx.Param, ...)``.
 
     ``rest`` takes the place of the batch statistics: all the network's state that is not a parameter. ``train``
-    switches the module between ``train()`` and ``eval()``, and the key reseeds its random streams.
+    switches the module between ``train()`` and ``eval()``, and the key reseeds all its random streams.
     """
 
     def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
@@ -47,7 +48,10 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
         if train:
             model.train()
             if key is not None:
-                nnx.reseed(model, default=key, dropout=key)
+                streams = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream))
+                names = sorted({stream.tag for stream in streams})
+                keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+                nnx.reseed(model, policy="match_shape", **keys)
         else:
             model.eval()
         logits = model(preprocess(images))

@@ -30,9 +30,10 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
       The uses by path of the tensor.
 
     Raises:
-      ValueError: if a selected tensor is no such kernel, or the features of its module's output are not its last axis;
-        if it is of ``nn.ConvTranspose``, ``nn.ConvLocal``, ``nn.Einsum`` or a ``nn.DenseGeneral`` with batch axes; or
-        if its module is called within ``nn.scan``, ``nn.vmap``, ``nn.remat`` or another transform.
+      ValueError: if a selected tensor is no such kernel, or is not used in this call; if the features of its module's
+        output are not its last axis; if it is of ``nn.ConvTranspose``, ``nn.ConvLocal``, ``nn.Einsum`` or a
+        ``nn.DenseGeneral`` with batch axes; or if its module is called within ``nn.scan``, ``nn.vmap``, ``nn.remat`` or
+        another transform.
     """
     uses: dict[str, float] = {}
     outermost = None
@@ -48,18 +49,20 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
             uses[path] = uses.get(path, 0) + (math.nan if within else _positions(context.module, kernel, output))
         return output
 
-    def trace(x):
+    def trace(variables, x):
         nonlocal outermost
         outermost = get_opaque_trace_state(convention="flax")
-        return module.init(jax.random.key(0), x, **kwargs)
+        return module.apply(variables, x, mutable=True, rngs={"params": jax.random.key(0)}, **kwargs)
 
+    # A network may do more while it is initialised, and this is about what it does then.
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **kwargs), inputs)
     with nn.intercept_methods(watch):
-        jax.eval_shape(trace, inputs)
+        jax.eval_shape(trace, variables, inputs)
     if missing := [path for path in plan.paths if math.isnan(uses.get(path, math.nan))]:
         raise ValueError(
             f"the uses of {', '.join(missing)} are not known: counted are tensors named 'kernel' of dense layers and "
-            "convolutions, neither transposed nor local, outside of nn.scan, nn.vmap and nn.remat; give their costs "
-            "yourself"
+            "convolutions that the network calls, neither transposed nor local, outside of nn.scan, nn.vmap and "
+            "nn.remat; give their costs yourself, or leave them out by a rule"
         )
     return {path: uses[path] for path in plan.paths}
 

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
-from ltp_jax.selection import Params, Plan
+from ltp_jax.selection import Params, Plan, named_leaves, path_name
 from ltp_jax.transform import PruneState, Scalars
 
 Schedule = Callable[[ArrayLike], ArrayLike]
@@ -35,7 +35,8 @@ class Pruner(NamedTuple):
         and a scalar that is added to its loss. Differentiated in ``params`` and ``thresholds``.
       update: ``(grads, old_params, params, state, step) -> (params, state)``: called with the loss's gradients with
         respect to the thresholds and the parameters before and after the optimizer's update.
-      harden: ``(params, state) -> pruned``: the parameters that are handed over, with exact zeros.
+      harden: ``(params, state) -> pruned``: the parameters that are handed over, with exact zeros. It is for those that
+        were trained: ``ltp_jax.mask`` says what of their average is pruned.
     """
 
     init: Callable[[Params], Any]
@@ -84,6 +85,9 @@ def learned_thresholds(
 ) -> Pruner:
     """Learned Threshold Pruning: thresholds are trained with the weights on ``L + λ Σ_l L0_l``, then frozen.
 
+    Weights go on moving, and a few cross a frozen threshold in either direction. Those that are zero at the start, as
+    in a network that was pruned before, stay zero.
+
     The optimizer sees each threshold as ``r = √τ / std(|w|)``, the size below which weights are pruned in units of
     their spread (that of the trained weights, ``Var(|w|) = T / t0``). A rate in these units means the same in every
     layer, and rescaling a layer that batch normalisation follows does not change what is pruned.
@@ -117,7 +121,7 @@ def learned_thresholds(
         return pruned, jnp.asarray(penalty(step)) * transform.total_cost(counts, costs) / total
 
     def update(grads, old_params, params, state, step):
-        del old_params
+        params = project(params, old_params, state.thresholds, fixed=False)
         learned = step_thresholds(grads, state, optimizer, t0)
         # One trace serves the whole run: after the last learning step the new state is computed and not taken.
         return params, jax.tree.map(lambda new, old: jnp.where(step < learn_steps, new, old), learned, state)
@@ -144,6 +148,30 @@ def step_thresholds(
     r = jax.tree.map(lambda value, update: jnp.maximum(value + update, 0), r, updates)
     thresholds = jax.tree.map(lambda value, unit: jnp.square(value * unit), r, spread)
     return LearnedThresholdState(state.prune.replace(thresholds=thresholds), optimizer_state)
+
+
+def project(params: Params, old_params: Params, thresholds: Scalars, fixed: ArrayLike) -> Params:
+    """The parameters after an optimizer's step, in which what was zero before it is zero still.
+
+    If masks are fixed, so is what was pruned before the step: momentum would otherwise bring weights back. A weight of
+    zero is one that was pruned in an earlier run. While thresholds are near zero its mask is a half, not zero.
+
+    Args:
+      params: those after the step.
+      old_params: those before it.
+      thresholds: ``τ`` before it, by path.
+      fixed: whether the masks are, a bool scalar.
+    """
+    old = dict(named_leaves(old_params))
+
+    def visit(keys, w):
+        path = path_name(keys)
+        if path not in thresholds:
+            return w
+        pruned = (old[path] == 0) | (fixed & ~method.hard_mask(old[path], thresholds[path]))
+        return jnp.where(pruned, jnp.zeros((), w.dtype), w)
+
+    return jax.tree_util.tree_map_with_path(visit, params)
 
 
 def finite_or_zero(grads: Scalars) -> Scalars:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 Params = Any
-"""A pytree of arrays: a Linen parameter dict, an NNX ``State``, or any other."""
+"""A pytree of arrays: a Linen parameter dict, an NNX ``State`` as ``nnx.state(model, nnx.Param)``, or any other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,9 @@ class Plan:
 
 def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
     """Decides which tensors are pruned.
+
+    Each of them has one threshold. The layers that ``nn.scan``, ``nn.vmap`` and their like stack in one tensor share
+    it, so that of layers of different scales one may be left without a weight.
 
     Args:
       params: the parameters, or their shapes from ``jax.eval_shape``: values are not looked at.

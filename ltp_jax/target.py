@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
-from ltp_jax.pruner import Pruner, finite_or_zero
-from ltp_jax.selection import Params, Plan, named_leaves, path_name
+from ltp_jax.pruner import Pruner, finite_or_zero, project
+from ltp_jax.selection import Params, Plan, named_leaves
 from ltp_jax.transform import PruneState, Scalars
 
 FIXED_THRESHOLD = 1e-35
@@ -90,11 +90,13 @@ def target_density(
 
     The density descends to the target within ``prune_steps``. Until ``select_steps`` it is held there while the soft
     masks go on choosing which weights to keep. Then the thresholds are set so that the target is met exactly, what
-    they prune becomes zero and stays zero, and the rest goes on training. A layer keeps at least one weight.
+    they prune becomes zero and stays zero, and the rest goes on training. A layer keeps at least one weight. Weights
+    that are zero at the start, as in a network that was pruned before, stay zero.
 
     Each step counts the weights above each threshold and a tenth beside it, and looks for the largest; where exactly
     the target lies is found once, at the end of the selection. A training of fewer steps than ``select_steps`` does
-    not come to it: its density is near the planned one.
+    not come to it: its density is near the planned one. Fixed masks stay as they are: to prune further, call ``init``
+    on the pruned parameters.
 
     Args:
       plan: which tensors are pruned.
@@ -206,7 +208,7 @@ def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]
     small layers stay denser than large ones. Arguments and result as for ``exact_thresholds``; sorts each tensor once.
     """
     leaves = dict(named_leaves(params))
-    squares = {path: jnp.sort(_whole(jnp.square(leaves[path].astype(jnp.float32)).ravel())) for path in shares}
+    squares = {path: jnp.sort(_whole(jnp.square(leaves[path].astype(jnp.float32))).ravel()) for path in shares}
     scores = {path: square / jnp.cumsum(square[::-1])[::-1] for path, square in squares.items()}  # ascending as well
 
     def left(score: jax.Array) -> jax.Array:
@@ -304,22 +306,6 @@ def without_component(grads: Scalars, direction: Scalars) -> Scalars:
     norm = sum((b * b for b in direction.values()), start=zero)
     multiplier = along / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
     return {path: g - multiplier * direction[path] for path, g in grads.items()}
-
-
-def project(params: Params, old_params: Params, thresholds: Scalars, fixed: jax.Array) -> Params:
-    """The parameters after an optimizer's step, in which what was pruned before the step is zero, if masks are fixed.
-
-    Momentum would otherwise bring weights back that are pruned already.
-    """
-    old = dict(named_leaves(old_params))
-
-    def visit(keys, w):
-        path = path_name(keys)
-        if path not in thresholds:
-            return w
-        return jnp.where(fixed & ~method.hard_mask(old[path], thresholds[path]), jnp.zeros((), w.dtype), w)
-
-    return jax.tree_util.tree_map_with_path(visit, params)
 
 
 def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:

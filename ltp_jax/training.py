@@ -12,7 +12,10 @@ from ltp_jax.pruner import Pruner
 from ltp_jax.selection import Params
 
 Batch = Mapping[str, jax.Array]
-"""``image`` [b, ...], ``label`` int32 [b] and, for evaluation, ``mask`` bool [b] that is False for padding."""
+"""``image`` [b, ...], ``label`` int32 [b] and, where evaluation has padding, ``mask`` bool [b] that is False for it.
+
+Training takes labels of other shapes, such as one a pixel, if the logits have that shape and an axis of classes.
+"""
 
 
 class Apply(Protocol):
@@ -37,8 +40,8 @@ class TrainState(flax.struct.PyTreeNode):
       pruning: the state of the pruning method.
       optimizer: the state of the weights' optimizer.
       key: the random key of the run. Each step folds its number into it.
-      totals: sums over the steps of this epoch: ``loss`` (without the penalty), ``correct`` (examples whose label got
-        the highest logit), and ``examples``; float32 scalars.
+      totals: sums over the steps of this epoch: ``loss`` (without the penalty), ``correct`` (labels that got the
+        highest logit), and ``examples`` (all labels); float32 scalars.
     """
 
     step: jax.Array
@@ -54,13 +57,14 @@ def create_state(
     params: Params, batch_stats: Any, optimizer: optax.GradientTransformation, pruner: Pruner, key: jax.Array
 ) -> TrainState:
     """The state of a run that has not begun. Its arrays are its own: a step may donate them."""
-    params, batch_stats, key = jax.tree.map(jnp.copy, (params, batch_stats, key))
+    # The state of an optimizer may begin with the very arrays of the parameters.
+    params, batch_stats, key, weights = jax.tree.map(jnp.copy, (params, batch_stats, key, optimizer.init(params)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         pruning=pruner.init(params),
-        optimizer=optimizer.init(params),
+        optimizer=weights,
         key=key,
         totals=zero_totals(),
     )
@@ -110,7 +114,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         params, pruning = pruner.update(threshold_grads, state.params, params, state.pruning, state.step)
-        n = jnp.float32(batch["label"].shape[0])
+        n = jnp.float32(batch["label"].size)
         step_totals = {
             "loss": task.astype(jnp.float32) * n,
             "correct": jnp.sum(jnp.argmax(logits, -1) == batch["label"], dtype=jnp.float32),
@@ -137,14 +141,15 @@ def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax
 
     def eval_step(params: Params, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
         logits, _ = apply(params, batch_stats, batch["image"], train=False, key=None)
-        mask = batch["mask"].astype(jnp.float32)
+        real = batch.get("mask", jnp.ones(batch["label"].shape, bool))
+        mask = real.astype(jnp.float32)
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == batch["label"][:, None]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return {
             "top1": jnp.sum(mask * best[:, 0]),
             "top5": jnp.sum(mask * jnp.any(best, axis=-1)),
             # Not mask · loss: what a network makes of padding may be infinite.
-            "loss": jnp.sum(jnp.where(batch["mask"], losses, 0.0)),
+            "loss": jnp.sum(jnp.where(real, losses, 0.0)),
             "examples": jnp.sum(mask),
         }
 

@@ -36,14 +36,17 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
       t0: the width of the band in which the mask is soft. At 1e-3 the soft and the hard network agree.
 
     Raises:
-      ValueError: if the plan is not of these parameters, or a selected tensor is constant or not finite (outside of
-        ``jax.jit``, where values can be looked at).
+      ValueError: if the plan is not of these parameters, or a selected tensor is not of floating point, constant or
+        not finite (the last two outside of ``jax.jit``, where values can be looked at).
     """
     leaves = dict(named_leaves(params))
     for tensor in plan.tensors:
         if tensor.prune and (tensor.path not in leaves or leaves[tensor.path].shape != tensor.shape):
             found = leaves[tensor.path].shape if tensor.path in leaves else "nothing"
             raise ValueError(f"the plan has {tensor.path} of shape {tensor.shape}, the parameters have {found}")
+    for path in plan.paths:
+        if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+            raise ValueError(f"{path} is of {leaves[path].dtype}; what is pruned has to be of floating point")
     temperatures = {path: method.temperature(leaves[path], t0) for path in plan.paths}
     for path, temperature in temperatures.items():
         if not isinstance(temperature, jax.core.Tracer) and not (jnp.isfinite(temperature) and temperature > 0):
@@ -57,9 +60,10 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
 def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False, leak: ArrayLike = 0.0) -> Params:
     """``v = w · sigmoid((w² − τ)/T)`` for every selected tensor: the network that is trained.
 
-    Differentiable in ``params`` and ``state.thresholds``; the gradient with respect to ``params`` is that of eq. 14
-    unless ``exact_gradient``, and pruned weights get a share ``leak`` of theirs (``method.soft_threshold`` says what
-    for). Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is.
+    Differentiable in ``params`` and ``state.thresholds``, in reverse mode; the gradient with respect to ``params`` is
+    that of eq. 14 unless ``exact_gradient``, and pruned weights get a share ``leak`` of theirs
+    (``method.soft_threshold`` says what for). Returns the structure, shapes and dtypes of ``params``; what is not
+    selected is returned as it is.
 
     Raises:
       ValueError: if a tensor of the state is not in ``params``.
@@ -117,14 +121,17 @@ def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) ->
     """
     if missing := [] if costs is None else [path for path in counts if path not in costs]:
         raise ValueError(f"the costs lack {', '.join(missing)}, which the state prunes")
-    terms = [count * (1.0 if costs is None else jnp.float32(costs[path])) for path, count in counts.items()]
+    terms = [
+        jnp.float32(count) * (1.0 if costs is None else jnp.float32(costs[path])) for path, count in counts.items()
+    ]
     return sum(terms, start=jnp.zeros((), jnp.float32))
 
 
 def hard_prune(params: Params, state: PruneState) -> Params:
     """``v = w · 1[w² > τ]`` for every selected tensor: the network that is handed over, with exact zeros.
 
-    Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is.
+    Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is: outside of
+    ``jax.jit`` the very arrays of ``params``, which a step that donates them deletes.
     """
 
     def prune(path: str, w: jax.Array) -> jax.Array:
@@ -133,14 +140,27 @@ def hard_prune(params: Params, state: PruneState) -> Params:
     return _map_selected(prune, params, state)
 
 
-def _map_selected(fn, params: Params, state: PruneState) -> Params:
-    """Applies ``fn(path, w)`` to the tensors of the state, and checks that it met all of them."""
+def mask(params: Params, state: PruneState) -> Params:
+    """``1[w² > τ]`` for every selected tensor, and True for all others: bool arrays in the structure of ``params``.
+
+    For weights that go with the trained ``params`` and are not they, such as their moving average, in which pruned
+    weights are not zero: ``jax.tree.map(lambda w, kept: jnp.where(kept, w, 0), average, mask(params, state))``.
+    """
+
+    def kept(path: str, w: jax.Array) -> jax.Array:
+        return method.hard_mask(w, method.valid_threshold(state.thresholds[path]))
+
+    return _map_selected(kept, params, state, lambda w: jnp.ones_like(w, bool))
+
+
+def _map_selected(fn, params: Params, state: PruneState, otherwise=lambda w: w) -> Params:
+    """Applies ``fn(path, w)`` to the tensors of the state, which it has to meet all, and ``otherwise`` to the rest."""
     met = set()
 
     def visit(keys, w):
         path = path_name(keys)
         if path not in state.thresholds:
-            return w
+            return otherwise(w)
         met.add(path)
         return fn(path, w)
 
@@ -193,8 +213,9 @@ class Summary(flax.struct.PyTreeNode):
 
     @property
     def compression(self) -> jax.Array:
-        """``weights / kept`` of the pruned tensors, the figure that papers report; infinite if nothing is left."""
-        return float(self.weights) / self.kept
+        """``weights / kept`` of the pruned tensors, the figure that papers report; infinite if nothing is left, 1 if
+        there are none."""
+        return float(self.weights) / self.kept if self.weights else jnp.ones((), jnp.float32)
 
     @property
     def parameters(self) -> int:

@@ -178,6 +178,30 @@ def test_the_state_has_arrays_of_its_own(variables):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((variables, key)))
 
 
+def test_an_optimizer_may_begin_with_the_very_weights(variables):
+    weights = optax.contrib.prodigy()
+    step, state, _ = make(variables["params"], weights=weights, batch_stats=variables["batch_stats"])
+    after = jax.jit(step, donate_argnums=0)(state, networks.batch())
+    assert after.step == 1
+
+
+def test_a_label_for_each_position(variables):
+    """As in segmentation: the same images and labels count alike, as rows of a batch or as positions of an image."""
+
+    def apply(params, batch_stats, images, *, train, key):
+        return images @ params["kernel"], batch_stats
+
+    params, pruner, optimizer = {"kernel": jnp.eye(3, 5) + 0.1}, pruners.dense(), optax.sgd(0.1)
+    step = jax.jit(make_train_step(apply, optimizer, pruner, cross_entropy()))
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(24, 3)), "label": rng.integers(0, 5, 24)}
+    pixels = {"image": batch["image"].reshape(2, 3, 4, 3), "label": batch["label"].reshape(2, 3, 4)}
+    state = create_state(params, {}, optimizer, pruner, jax.random.key(0))
+    rows, positions = step(state, batch), step(state, pixels)
+    chex.assert_trees_all_close((rows.params, rows.totals), (positions.params, positions.totals), rtol=1e-5)
+    assert positions.totals["examples"] == 24
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_bad_gradient_moves_no_threshold(bad):
     # Momentum alone moves it: r = 0.5 − 0.1 · 2, then − 0.1 · 0.9 · 2.
@@ -241,6 +265,45 @@ def test_nnx_trains_without_a_key():
     assert all(not np.array_equal(moved[path], leaf) for path, leaf in before.items())
 
 
+class Noisy(nnx.Module):
+    """Two layers that ``nnx.scan`` runs, each with a dropout of its own, and noise of a stream with another name."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def layers(rngs):
+            return nnx.Dropout(0.5, rngs=rngs)
+
+        self.dropouts = layers(rngs)
+        self.noise = rngs.noise.fork()
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def forward(dropout, x):
+            return dropout(x)
+
+        return forward(self.dropouts, x), jax.random.normal(self.noise(), (8,))
+
+
+def test_the_key_reseeds_all_streams_of_an_nnx_network():
+    graphdef, params, rest = nnx.split(Noisy(nnx.Rngs(0, noise=1)), nnx.Param, ...)
+    apply, x = nnx_apply(graphdef), jnp.ones((4, 8))
+    (dropped, noise), _ = apply(params, rest, x, train=True, key=jax.random.key(0))
+    (again, same), after = apply(params, rest, x, train=True, key=jax.random.key(0))
+    np.testing.assert_array_equal(dropped, again)
+    np.testing.assert_array_equal(noise, same)
+    # Nothing of the state that a run begins with or has come to decides, but the key alone.
+    (later, later_noise), _ = apply(params, after, x, train=True, key=jax.random.key(0))
+    np.testing.assert_array_equal(noise, later_noise)
+    np.testing.assert_array_equal(dropped, later)
+    (other, other_noise), _ = apply(params, rest, x, train=True, key=jax.random.key(1))
+    assert not np.array_equal(dropped, other)
+    assert not np.array_equal(noise, other_noise)
+    # A layer drops half, two layers that draw alike would leave a half.
+    wide, _ = apply(params, rest, jnp.ones((100, 100)), train=True, key=jax.random.key(0))
+    assert np.mean(np.asarray(wide[0]) > 0) == pytest.approx(0.25, abs=0.05)
+
+
 def fixed_logits(logits):
     return make_eval_step(lambda params, batch_stats, images, *, train, key: (jnp.asarray(logits), batch_stats))
 
@@ -260,6 +323,14 @@ def test_evaluation_counts_by_hand():
     assert (counts["top1"], counts["top5"], counts["examples"]) == (1, 2, 3)
     losses = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(np.float64(logits), (2, 1, 6), strict=False)]
     np.testing.assert_allclose(counts["loss"], sum(losses), rtol=1e-6)
+
+
+def test_evaluation_without_padding_needs_no_mask():
+    batch = {"image": jnp.zeros((7, 1)), "label": jnp.arange(7), "mask": jnp.ones(7, bool)}
+    logits = np.random.default_rng(0).normal(size=(7, 7))
+    masked = fixed_logits(logits)({}, {}, batch)
+    assert fixed_logits(logits)({}, {}, {key: batch[key] for key in ("image", "label")}) == masked
+    assert masked["examples"] == 7
 
 
 def test_network_that_says_nothing_gets_no_credit():

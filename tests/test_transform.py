@@ -108,13 +108,20 @@ def test_init_refuses_a_tensor_without_spread(value):
         ltp.init(tree, ltp.plan(tree))
 
 
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int8])
+def test_init_refuses_what_is_not_of_floating_point(dtype):
+    tree = {"kernel": jnp.arange(9).reshape(3, 3).astype(dtype)}
+    with pytest.raises(ValueError, match=f"kernel is of {jnp.dtype(dtype)}; what is pruned has to be of floating"):
+        ltp.init(tree, ltp.plan(tree))
+
+
 def test_init_refuses_a_plan_of_other_shapes(params):
     plan = ltp.plan({"conv": {"kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match=r"conv/kernel of shape \(2, 2\), the parameters have \(3, 3, 3, 8\)"):
         ltp.init(params, plan)
 
 
-@pytest.mark.parametrize("verb", [ltp.soft_prune, ltp.hard_prune, ltp.l0, ltp.summarize])
+@pytest.mark.parametrize("verb", [ltp.soft_prune, ltp.hard_prune, ltp.mask, ltp.l0, ltp.summarize])
 def test_verbs_refuse_parameters_that_lack_a_tensor(verb, params, state):
     with pytest.raises(ValueError, match="lack head/kernel"):
         verb({"conv": params["conv"], "depthwise": params["depthwise"]}, state)
@@ -152,6 +159,16 @@ def test_hard_prune_and_summary_agree_with_numpy(params, state):
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines[2:5]] == list(KERNELS)
     assert lines[-1] == f"compression {total / kept:.2f}×"
+
+
+def test_the_mask_of_trained_weights_goes_over_other_weights(params, state):
+    kept = ltp.mask(params, state)
+    chex.assert_trees_all_equal_shapes(kept, params)
+    hard, other = ltp.hard_prune(params, state), jax.tree.map(lambda w: 1 - w, params)
+    masked = dict(ltp.named_leaves(jax.tree.map(lambda w, m: jnp.where(m, w, 0), other, kept)))
+    for (path, w), (_, before) in zip(ltp.named_leaves(hard), ltp.named_leaves(other), strict=True):
+        # Biases are zero in the one network, and none of them is masked.
+        np.testing.assert_array_equal(masked[path], np.where((w == 0) & (path in KERNELS), 0, before))
 
 
 def test_l0_is_the_sum_over_layers_and_weighs_costs(params, state):
@@ -267,6 +284,14 @@ def test_what_is_no_number_is_not_taken_for_pruned(params, state):
     assert np.isnan(ltp.hard_prune(params, state)["head"]["kernel"][0]).all()
     nowhere = state.replace(thresholds=dict.fromkeys(state.thresholds, jnp.float32(np.nan)))
     assert ltp.summarize(params, nowhere).kept == sum(KERNELS.values())
+
+
+def test_summary_of_a_plan_that_prunes_nothing(params):
+    with pytest.warns(UserWarning, match="prunes no tensor"):
+        plan = ltp.plan(params, rules=[ltp.Rule(".*", prune=False)])
+    summary = ltp.summarize(params, ltp.init(params, plan))
+    assert (summary.compression, summary.network_compression) == (1, 1)
+    assert str(summary).endswith("compression 1.00×")
 
 
 def test_summary_of_more_weights_than_int32_counts():

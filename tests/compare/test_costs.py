@@ -98,6 +98,23 @@ def test_what_cannot_be_counted_for_certain_is_refused(layer, shape):
         uses_per_input(Inside(layer), images, plan, train=False)
 
 
+def test_what_happens_at_initialisation_alone_does_not_count():
+    class Eager(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            dense, auxiliary = nn.Dense(3, name="dense"), nn.Dense(9, name="auxiliary")
+            if train or self.is_initializing():
+                dense(x), auxiliary(x)
+            return nn.Dropout(0.5)(dense(x), deterministic=not train)
+
+    plan, images = plan_of(Eager(), (2, 7, 5))
+    assert uses_per_input(Eager(), images, plan, train=True) == {"dense/kernel": 14, "auxiliary/kernel": 7}
+    with pytest.raises(ValueError, match="the uses of auxiliary/kernel are not known"):
+        uses_per_input(Eager(), images, plan, train=False)
+    plan = ltp.plan({"dense": {"kernel": jnp.zeros((5, 3))}})
+    assert uses_per_input(Eager(), images, plan, train=False) == {"dense/kernel": 7}
+
+
 def test_one_call_that_cannot_be_counted_leaves_the_sum_unknown():
     class Twice(nn.Module):
         @nn.compact

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import ltp_jax as ltp
+from ltp_jax import pruner as pruners
 from ltp_jax import target
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
@@ -239,10 +240,12 @@ def test_nothing_comes_back_once_masks_are_fixed():
     old = {"kernel": jnp.array([0.0, 1.0, 0.5]), "bias": jnp.zeros(2)}
     new = {"kernel": jnp.array([0.1, 1.1, 0.4]), "bias": jnp.ones(2)}
     tau = {"kernel": jnp.float32(0.5)}
-    fixed = target.project(new, old, tau, jnp.array(True))
+    fixed = pruners.project(new, old, tau, jnp.array(True))
     np.testing.assert_allclose(fixed["kernel"], [0, 1.1, 0])
     np.testing.assert_array_equal(fixed["bias"], new["bias"])
-    np.testing.assert_array_equal(target.project(new, old, tau, jnp.array(False))["kernel"], new["kernel"])
+    before = pruners.project(new, old, tau, jnp.array(False))
+    np.testing.assert_allclose(before["kernel"], [0, 1.1, 0.4])
+    np.testing.assert_array_equal(before["bias"], new["bias"])
 
 
 @pytest.mark.parametrize("leak", [0.0, 0.3])
@@ -324,6 +327,36 @@ def test_a_network_with_zeros_is_pruned_along_the_plan(share, size):
     # where few weights lie; once it never did, and all of them went at the last step.
     planned = target.planned_density(1 / 16, 400)(jnp.arange(1, 600))
     np.testing.assert_allclose(densities(state)[10:], jnp.minimum(planned, 1 - share)[10:], rtol=0.12)
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.3])
+def test_a_pruned_network_is_pruned_further(leak):
+    """What is zero stays zero, and the density waits for the plan to come to where it is."""
+    start, pruner = run(pruner_to(8))[-1], pruner_to(16, leak)
+    hard = pruner_to(8).harden(start.params, start.pruning)
+    batches = [batch(step) for step in range(STEPS)]
+    _, states = compiled(pruner)(hard, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+    counts = jax.vmap(lambda state: ltp.summarize(state.params, state.pruning.prune).kept)(states)
+    planned = target.planned_density(1 / 16, PRUNE)
+    # After the plan's first step, as it would be from a whole network, the scale waits until the plan is at an eighth.
+    for count, step in zip(counts.tolist(), range(1, STEPS + 1), strict=True):
+        wanted = float(planned(step)) if planned(step) < 1 / 8 else float(planned(1)) / 8
+        assert count == pytest.approx(wanted * 1696, rel=0.15), step
+    assert counts[-1] == 1696 // 16
+    last = jax.tree.map(lambda leaf: leaf[-1], states)
+    for (_, w), (_, before) in zip(
+        ltp.named_leaves(pruner.harden(last.params, last.pruning)), ltp.named_leaves(hard), strict=True
+    ):
+        assert not np.any((w != 0) & (before == 0))
+
+
+def test_zeros_stay_zero_on_the_way_to_a_penalty():
+    params = {"kernel": jnp.array([[0.0, -1.0], [3.0, -3.0]])}
+    pruner = pruners.learned_thresholds(ltp.plan(params), lambda step: 0.0, optax.sgd(0.1), learn_steps=9)
+    moved, _ = pruner.update(
+        {"kernel": jnp.float32(0)}, params, {"kernel": params["kernel"] + 1}, pruner.init(params), 0
+    )
+    np.testing.assert_array_equal(moved["kernel"], [[0, 0], [4, -2]])
 
 
 def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pruned():
@@ -513,18 +546,23 @@ def test_weights_may_be_small():
     assert sum(np.count_nonzero(w) for path, w in ltp.named_leaves(hard) if path in SIZES) == 1696 // 8
 
 
-def test_a_target_on_an_explicit_mesh():
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_target_on_an_explicit_mesh(axis):
     """Sharding is part of the type there, with a single device as well."""
     params, pruner = initial_params(), pruner_to(8)
     mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         split = {
-            layer: {name: jax.device_put(w, P("devices", *(None,) * (w.ndim - 1))) for name, w in tensors.items()}
+            layer: {
+                name: jax.device_put(w, P(*np.roll(["devices", None], axis)[: w.ndim])) for name, w in tensors.items()
+            }
             for layer, tensors in params.items()
         }
         state = pruner.init(split)
+        soft = ltp.l0(split, state.prune)
         _, moved = jax.jit(pruner.update)(dict.fromkeys(SIZES, jnp.float32(0.1)), split, split, state, 0)
     expected = pruner.init(params)
+    np.testing.assert_allclose(soft, ltp.l0(params, expected.prune), rtol=1e-6)
     np.testing.assert_allclose(list(state.offsets.values()), list(expected.offsets.values()), rtol=1e-6)
     _, other = jax.jit(pruner.update)(dict.fromkeys(SIZES, jnp.float32(0.1)), params, params, expected, 0)
     np.testing.assert_allclose(list(moved.thresholds.values()), list(other.thresholds.values()), rtol=1e-5)
