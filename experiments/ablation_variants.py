@@ -13,7 +13,7 @@ import ltp_jax as ltp
 from experiments.baselines import gradual_magnitude
 from experiments.harness import Network
 from ltp_jax.pruner import Pruner, learned_thresholds
-from ltp_jax.selection import path_name
+from ltp_jax.selection import map_selected
 from ltp_jax.target import target_density
 
 COMPRESSION = 64.0  # of the variants that have a target
@@ -203,9 +203,7 @@ def in_units(make: Make, units: Callable[[Job], Units]) -> Make:
         factors = {path: jnp.ones(()) for path in job.plan.paths} | units(job)
 
         def times(params: Any, sign: int) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda keys, w: w * factors[path] ** sign if (path := path_name(keys)) in factors else w, params
-            )
+            return map_selected(lambda path, w: w * factors[path] ** sign, params, factors)
 
         def soften(params, thresholds, state, step):
             pruned, penalty = pruner.soften(times(params, 1), thresholds, state, step)

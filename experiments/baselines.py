@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ltp_jax.pruner import Pruner
-from ltp_jax.selection import Params, Plan, named_leaves, path_name
+from ltp_jax.selection import Params, Plan, map_selected, named_leaves
 from ltp_jax.transform import Scalars
 
 Masks = dict[str, jax.Array]
@@ -110,12 +110,12 @@ def _masked(
         return {path: leaves[path] for path in plan.paths}
 
     def apply(params: Params, state: MaskState) -> Params:
-        return _map(params, lambda path, w: jnp.where(state.masks[path], w, 0) if path in state.masks else w)
+        return map_selected(lambda path, w: jnp.where(state.masks[path], w, 0), params, state.masks)
 
     def update(grads, old_params, params, state, step):
         del grads
         old = selected(old_params)
-        params = _map(params, lambda p, w: jnp.where(state.masks[p], w, old[p]) if p in state.masks else w)
+        params = map_selected(lambda path, w: jnp.where(state.masks[path], w, old[path]), params, state.masks)
         state = state.replace(masks=refresh(selected(params), state.masks, step + 1))
         return params, state
 
@@ -152,9 +152,9 @@ def soft_threshold_reparameterization(plan: Plan, optimizer: optax.GradientTrans
 
     def prune(params: Params, s: Scalars) -> Params:
         def visit(path: str, w: jax.Array) -> jax.Array:
-            return jnp.sign(w) * jax.nn.relu(jnp.abs(w) - jax.nn.sigmoid(s[path])) if path in s else w
+            return jnp.sign(w) * jax.nn.relu(jnp.abs(w) - jax.nn.sigmoid(s[path]))
 
-        return _map(params, visit)
+        return map_selected(visit, params, s)
 
     def init(params):
         del params
@@ -180,7 +180,3 @@ def _check(plan: Plan, density: float = 1.0) -> None:
         raise ValueError("the plan prunes no tensor")
     if not 0 < density <= 1:
         raise ValueError(f"the density is {density}; accepted is more than 0, at most 1")
-
-
-def _map(params: Params, visit: Callable[[str, jax.Array], jax.Array]) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda keys, w: visit(path_name(keys), w), params)

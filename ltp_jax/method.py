@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
@@ -82,10 +82,7 @@ def soft_threshold(
     """
     # Where jax.shard_map splits w, this zero differs between devices as w does. The scalars, which are those of all of
     # them, do so with it, and their gradients are sums over all parts of w.
-    # Where an explicit mesh splits it, they have to be told that they lie on all devices.
-    sharding = jax.typeof(w).sharding
-    everywhere = sharding.update(spec=PartitionSpec()) if any(sharding.spec) else None
-    zero = jnp.zeros_like(w, jnp.float32, shape=(), device=everywhere)
+    zero = jnp.zeros_like(w, jnp.float32, shape=(), device=everywhere(w))
     return _soft_threshold(w, threshold + zero, temperature + zero, leak + zero, exact_gradient, l0_to_weights)
 
 
@@ -121,11 +118,17 @@ def _soft_threshold_bwd(exact_gradient, l0_to_weights, residuals, cotangents):
 _soft_threshold.defvjp(_soft_threshold_fwd, _soft_threshold_bwd)
 
 
+def everywhere(x: jax.Array) -> NamedSharding | None:
+    """Where an explicit mesh splits an array, the sharding of one that lies on all its devices; None elsewhere."""
+    sharding = jax.typeof(x).sharding
+    return sharding.update(spec=PartitionSpec()) if any(sharding.spec) else None
+
+
 def _sum(x: jax.Array) -> jax.Array:
     """``Σ x``, float32. On a CPU by halves: XLA makes one pass of those additions and of what ``x`` is computed from,
     while its reduction wants ``x`` and every constant in it written to memory first."""
 
-    if any(jax.typeof(x).sharding.spec):  # an explicit mesh, where an array that is split cannot take any shape
+    if everywhere(x):  # an array that is split cannot take any shape
         return jnp.sum(x)
 
     def halves(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
-from ltp_jax.selection import Params, Plan, named_leaves, path_name
+from ltp_jax.selection import Params, Plan, map_selected, named_leaves
 from ltp_jax.transform import PruneState, Scalars
 
 Schedule = Callable[[ArrayLike], ArrayLike]
@@ -164,14 +164,11 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: Arra
     """
     old = dict(named_leaves(old_params))
 
-    def visit(keys, w):
-        path = path_name(keys)
-        if path not in thresholds:
-            return w
+    def kept(path: str, w: jax.Array) -> jax.Array:
         pruned = (old[path] == 0) | (fixed & ~method.hard_mask(old[path], thresholds[path]))
         return jnp.where(pruned, jnp.zeros((), w.dtype), w)
 
-    return jax.tree_util.tree_map_with_path(visit, params)
+    return map_selected(kept, params, thresholds)
 
 
 def finite_or_zero(grads: Scalars) -> Scalars:

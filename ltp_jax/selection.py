@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -135,6 +135,33 @@ def named_leaves(tree: Params) -> Iterator[tuple[str, Any]]:
     """Yields path and leaf of every tensor: ``"stem/conv/kernel"``, for Linen and NNX alike."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield path_name(keys), leaf
+
+
+def map_selected(
+    fn: Callable[[str, jax.Array], Any],
+    params: Params,
+    paths: Collection[str],
+    otherwise: Callable[[jax.Array], Any] = lambda w: w,
+) -> Params:
+    """Applies ``fn(path, w)`` to the tensors of some paths, which it has to meet all, and ``otherwise`` to the rest.
+
+    Raises:
+      ValueError: if one of the paths is not in ``params``.
+    """
+    met = set()
+
+    def visit(keys, w):
+        path = path_name(keys)
+        if path not in paths:
+            return otherwise(w)
+        met.add(path)
+        return fn(path, w)
+
+    result = jax.tree_util.tree_map_with_path(visit, params)
+    missing = [path for path in paths if path not in met]
+    if missing:
+        raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
+    return result
 
 
 def path_name(keys: tuple[Any, ...]) -> str:

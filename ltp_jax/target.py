@@ -17,7 +17,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
@@ -222,8 +221,8 @@ def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]
 
 def _whole(x: jax.Array) -> jax.Array:
     """The array on every device of an explicit mesh, which does not gather by itself what is sorted."""
-    sharding = jax.typeof(x).sharding
-    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec())) if any(sharding.spec) else x
+    sharding = method.everywhere(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 class Measured(NamedTuple):

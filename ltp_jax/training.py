@@ -58,13 +58,14 @@ def create_state(
 ) -> TrainState:
     """The state of a run that has not begun. Its arrays are its own: a step may donate them."""
     # The state of an optimizer may begin with the very arrays of the parameters.
-    params, batch_stats, key, weights = jax.tree.map(jnp.copy, (params, batch_stats, key, optimizer.init(params)))
+    own = jax.tree.map(jnp.copy, (params, batch_stats, optimizer.init(params), key))
+    params, batch_stats, optimizer_state, key = own
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         pruning=pruner.init(params),
-        optimizer=weights,
+        optimizer=optimizer_state,
         key=key,
         totals=zero_totals(),
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ltp_jax import method
-from ltp_jax.selection import Params, Plan, format_table, named_leaves, path_name
+from ltp_jax.selection import Params, Plan, format_table, map_selected, named_leaves
 
 Scalars = dict[str, jax.Array]
 
@@ -110,7 +110,7 @@ def soft_prune_and_count(
         pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights, leak)
         return pruned
 
-    return _map_selected(prune, params, state), counts
+    return map_selected(prune, params, state.thresholds), counts
 
 
 def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) -> jax.Array:
@@ -137,7 +137,7 @@ def hard_prune(params: Params, state: PruneState) -> Params:
     def prune(path: str, w: jax.Array) -> jax.Array:
         return method.hard_threshold(w, method.valid_threshold(state.thresholds[path]))
 
-    return _map_selected(prune, params, state)
+    return map_selected(prune, params, state.thresholds)
 
 
 def mask(params: Params, state: PruneState) -> Params:
@@ -150,25 +150,7 @@ def mask(params: Params, state: PruneState) -> Params:
     def kept(path: str, w: jax.Array) -> jax.Array:
         return method.hard_mask(w, method.valid_threshold(state.thresholds[path]))
 
-    return _map_selected(kept, params, state, lambda w: jnp.ones_like(w, bool))
-
-
-def _map_selected(fn, params: Params, state: PruneState, otherwise=lambda w: w) -> Params:
-    """Applies ``fn(path, w)`` to the tensors of the state, which it has to meet all, and ``otherwise`` to the rest."""
-    met = set()
-
-    def visit(keys, w):
-        path = path_name(keys)
-        if path not in state.thresholds:
-            return otherwise(w)
-        met.add(path)
-        return fn(path, w)
-
-    result = jax.tree_util.tree_map_with_path(visit, params)
-    missing = [path for path in state.thresholds if path not in met]
-    if missing:
-        raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
-    return result
+    return map_selected(kept, params, state.thresholds, lambda w: jnp.ones_like(w, bool))
 
 
 class TensorSummary(flax.struct.PyTreeNode):

@@ -59,10 +59,11 @@ def compiled(pruner):
     return train
 
 
-def run(pruner, seed=0):
+def run(pruner, seed=0, params=None):
     """States before the first and after each step."""
     batches = [batch(step, seed) for step in range(STEPS)]
-    first, rest = compiled(pruner)(initial_params(seed), jax.tree.map(lambda *rows: np.stack(rows), *batches))
+    params = initial_params(seed) if params is None else params
+    first, rest = compiled(pruner)(params, jax.tree.map(lambda *rows: np.stack(rows), *batches))
     return [first, *(jax.tree.map(lambda leaf, i=i: leaf[i], rest) for i in range(STEPS))]
 
 
@@ -334,19 +335,16 @@ def test_a_pruned_network_is_pruned_further(leak):
     """What is zero stays zero, and the density waits for the plan to come to where it is."""
     start, pruner = run(pruner_to(8))[-1], pruner_to(16, leak)
     hard = pruner_to(8).harden(start.params, start.pruning)
-    batches = [batch(step) for step in range(STEPS)]
-    _, states = compiled(pruner)(hard, jax.tree.map(lambda *rows: np.stack(rows), *batches))
-    counts = jax.vmap(lambda state: ltp.summarize(state.params, state.pruning.prune).kept)(states)
+    states = run(pruner, params=hard)
     planned = target.planned_density(1 / 16, PRUNE)
     # After the plan's first step, as it would be from a whole network, the scale waits until the plan is at an eighth.
-    for count, step in zip(counts.tolist(), range(1, STEPS + 1), strict=True):
+    for step in range(1, STEPS + 1):
         wanted = float(planned(step)) if planned(step) < 1 / 8 else float(planned(1)) / 8
-        assert count == pytest.approx(wanted * 1696, rel=0.15), step
-    assert counts[-1] == 1696 // 16
-    last = jax.tree.map(lambda leaf: leaf[-1], states)
-    for (_, w), (_, before) in zip(
-        ltp.named_leaves(pruner.harden(last.params, last.pruning)), ltp.named_leaves(hard), strict=True
-    ):
+        assert kept(states[step]) == pytest.approx(wanted * 1696, rel=0.15), step
+    last = states[-1]
+    assert kept(last) == 1696 // 16
+    further = pruner.harden(last.params, last.pruning)
+    for (_, w), (_, before) in zip(ltp.named_leaves(further), ltp.named_leaves(hard), strict=True):
         assert not np.any((w != 0) & (before == 0))
 
 
