@@ -372,9 +372,8 @@ class Job:
         uses = network_uses(self.module, self.dataset, plan)
         optimizer = weights_optimizer(config.train, steps_per_epoch)
         harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
-        count = jax.jit(
-            lambda hard: {path: jnp.count_nonzero(w) for path, w in ltp.named_leaves(hard) if path in plan.paths},
-            out_shardings=replicated(self.mesh),
+        summarize = jax.jit(
+            lambda params, pruning: ltp.summarize(params, pruning.prune), out_shardings=replicated(self.mesh)
         )
 
         def keep(trail: Trail, state: TrainState, epoch: int) -> None:
@@ -390,16 +389,12 @@ class Job:
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
             figures = self._evaluate(hard, state.batch_stats)
             soft_figures = self._evaluate(soft, state.batch_stats)
-            kept = {path: int(n) for path, n in jax.device_get(count(hard)).items()}
-            sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
+            summary = summarize(state.params, state.pruning)
             totals = jax.device_get(state.totals)
-            entry = Entry(
+            entry = Entry.of(
+                summary,
                 epoch=epoch,
                 step=int(state.step),
-                compression=plan.prunable / max(sum(kept.values()), 1),
-                density=sum(kept.values()) / plan.prunable,
-                densities={path: kept[path] / sizes[path] for path in plan.paths},
-                thresholds={path: float(tau) for path, tau in state.pruning.thresholds.items()},
                 top1=figures["top1"],
                 top5=figures["top5"],
                 loss=figures["loss"],
@@ -407,8 +402,8 @@ class Job:
                 soft_top5=soft_figures["top5"],
                 soft_loss=soft_figures["loss"],
                 train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
-                macs_compression=sum(uses[path] * n for path, n in sizes.items())
-                / max(sum(uses[path] * n for path, n in kept.items()), 1),
+                macs_compression=sum(uses[path] * t.weights for path, t in summary.tensors.items())
+                / max(sum(uses[path] * int(t.kept) for path, t in summary.tensors.items()), 1),
             )
             trail.save(entry, hard, state.batch_stats)
             self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})

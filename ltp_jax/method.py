@@ -3,9 +3,14 @@
 Equation numbers are those of *Learned Threshold Pruning* (arXiv 2003.00075). A layer has weights ``w`` of any shape,
 a scalar threshold ``τ`` that is compared with ``w²``, and a scalar temperature ``T``. Everything here is computed in
 float32 whatever the dtype of ``w``, since ``w² − τ`` is a small difference of small numbers.
+
+A tensor may be a stack of layers. Then ``τ`` and ``T`` have as many dimensions as ``w`` and are 1 along the axes of a
+layer, ``[n, 1, 1]`` for ``n`` dense kernels, and where a scalar is spoken of there is such an array of them.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +18,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
-def temperature(w: jax.Array, t0: ArrayLike) -> jax.Array:
+def temperature(w: jax.Array, t0: ArrayLike, shape: tuple[int, ...] = ()) -> jax.Array:
     """``T = t0 · Var(|w|)`` of the trained weights, eq. 15: a float32 scalar in units of ``w²``.
 
     Because it scales as the weights do, rescaling a layer together with its threshold leaves every mask unchanged.
+
+    Args:
+      w: weights, any shape and floating dtype.
+      t0: temperature in units of ``Var(|w|)``.
+      shape: that of the result, which says of what layers ``w`` is a stack.
     """
-    return jnp.float32(t0) * jnp.var(jnp.abs(w.astype(jnp.float32)))
+    return jnp.float32(t0) * over_layers(jnp.var, jnp.abs(w.astype(jnp.float32)), shape)
+
+
+def layer_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes that one layer has of a tensor whose thresholds have this shape; None for all."""
+    return tuple(axis for axis, n in enumerate(shape) if n == 1) if shape else None
+
+
+def over_layers(reduction: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
+    """A reduction such as ``jnp.sum`` over each layer, of the shape of the thresholds."""
+    return unsplit(reduction(x, axis=layer_axes(shape), keepdims=bool(shape), **kwargs))
 
 
 @jax.custom_jvp
@@ -46,6 +66,11 @@ def hard_mask(w: jax.Array, threshold: jax.Array) -> jax.Array:
     One that is no number survives, so that a network that diverged is not taken for a sparse one.
     """
     return ~(jnp.square(w.astype(jnp.float32)) <= threshold)
+
+
+def count(w: jax.Array, threshold: jax.Array) -> jax.Array:
+    """``Σ 1[w² > τ]`` over each layer, int32 of the shape of the thresholds: how many weights survive."""
+    return over_layers(jnp.sum, hard_mask(w, threshold), threshold.shape, dtype=jnp.int32)
 
 
 def hard_threshold(w: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -90,7 +115,7 @@ def soft_threshold(
 def _soft_threshold(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
     del leak, exact_gradient, l0_to_weights
     s = soft_mask(w, threshold, temperature)
-    return (w * s).astype(w.dtype), _sum(s)
+    return (w * s).astype(w.dtype), _sum(s, threshold.shape)
 
 
 def _soft_threshold_fwd(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
@@ -106,7 +131,7 @@ def _soft_threshold_bwd(exact_gradient, l0_to_weights, residuals, cotangents):
     slope = s * (1 - s)  # −T · ∂s/∂τ; one division of a sum is cheaper than one of every weight
     w32, g32 = w.astype(jnp.float32), g.astype(jnp.float32)
     # One reduction serves the classification loss and the penalty: −Σ (g·w + λ) · s(1−s)/T.
-    d_threshold = -_sum((g32 * w32 + g_count) * slope) / temperature
+    d_threshold = -_sum((g32 * w32 + g_count) * slope, threshold.shape) / temperature
     d_w = g32 * (s + leak * (1 - s))
     if exact_gradient:
         d_w += g32 * w32 * 2 * w32 * slope / temperature
@@ -124,12 +149,19 @@ def everywhere(x: jax.Array) -> NamedSharding | None:
     return sharding.update(spec=PartitionSpec()) if any(sharding.spec) else None
 
 
-def _sum(x: jax.Array) -> jax.Array:
-    """``Σ x``, float32. On a CPU by halves: XLA makes one pass of those additions and of what ``x`` is computed from,
-    while its reduction wants ``x`` and every constant in it written to memory first."""
+def unsplit(x: jax.Array) -> jax.Array:
+    """The array, all of it on every device of an explicit mesh."""
+    sharding = everywhere(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
-    if everywhere(x):  # an array that is split cannot take any shape
-        return jnp.sum(x)
+
+def _sum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``Σ x`` over each layer, float32 of the shape of the thresholds. On a CPU that of a single layer by halves: XLA
+    makes one pass of those additions and of what ``x`` is computed from, while its reduction wants ``x`` and every
+    constant in it written to memory first."""
+
+    if shape or everywhere(x):  # an array that is split cannot take any shape
+        return over_layers(jnp.sum, x, shape)
 
     def halves(x: jax.Array) -> jax.Array:
         x = x.reshape(-1)

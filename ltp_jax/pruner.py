@@ -176,5 +176,5 @@ def finite_or_zero(grads: Scalars) -> Scalars:
 
     Optimizers of weights are guarded against one by ``optax.apply_if_finite`` or by scaling the loss.
     """
-    finite = jnp.all(jnp.isfinite(jnp.stack(list(grads.values())))) if grads else True
+    finite = jnp.all(jnp.concatenate([jnp.isfinite(g).ravel() for g in grads.values()])) if grads else True
     return {path: jnp.where(finite, g, 0) for path, g in grads.items()}

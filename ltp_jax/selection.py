@@ -22,11 +22,15 @@ class Rule:
       pattern: a regular expression that must match the whole path of a tensor, such as ``"head/.*"``.
       prune: whether the tensors that it matches are pruned.
       min_ndim: the rule passes over tensors of fewer dimensions.
+      stack_axes: the axes along which a tensor is a stack of layers, each with a threshold of its own: those that
+        ``nn.scan`` and ``nn.vmap`` are told in ``variable_axes``, or that of the experts of a mixture. Counted from the
+        end if negative.
     """
 
     pattern: str
     prune: bool = True
     min_ndim: int = 0
+    stack_axes: tuple[int, ...] = ()
 
     def __post_init__(self):
         try:
@@ -38,7 +42,8 @@ class Rule:
         return ndim >= self.min_ndim and re.fullmatch(self.pattern, path) is not None
 
     def __str__(self) -> str:
-        return f"{'prune' if self.prune else 'keep'} {self.pattern}"
+        stack = f", a stack along {', '.join(map(str, self.stack_axes))}" if self.stack_axes else ""
+        return f"{'prune' if self.prune else 'keep'} {self.pattern}{stack}"
 
 
 DEFAULT_RULES = (Rule(r"(.*/)?kernel", min_ndim=2),)
@@ -60,6 +65,17 @@ class Selected:
     @property
     def prune(self) -> bool:
         return self.rule is not None and self.rule.prune
+
+    @property
+    def threshold_shape(self) -> tuple[int, ...]:
+        """That of a scalar, or of a stack of layers the tensor's with 1 along the axes of a layer."""
+        stack = {axis % len(self.shape) for axis in self.rule.stack_axes} if self.rule else set()
+        return tuple(n if axis in stack else 1 for axis, n in enumerate(self.shape)) if stack else ()
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has, each with a threshold: one, unless it is a stack."""
+        return math.prod(self.threshold_shape)
 
 
 @jax.tree_util.register_static
@@ -101,7 +117,8 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
     """Decides which tensors are pruned.
 
     Each of them has one threshold. The layers that ``nn.scan``, ``nn.vmap`` and their like stack in one tensor share
-    it, so that of layers of different scales one may be left without a weight.
+    it, so that of layers of different scales one may be left without a weight, unless a rule names the axis along which
+    they are stacked: ``Rule("blocks/.*kernel", stack_axes=(0,))``.
 
     Args:
       params: the parameters, or their shapes from ``jax.eval_shape``: values are not looked at.
@@ -112,7 +129,8 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
       The plan. A rule that decides no tensor is listed in it, and warned of.
 
     Raises:
-      ValueError: if two tensors have the same path.
+      ValueError: if two tensors have the same path, or a tensor lacks an axis along which a rule stacks it, or has no
+        other.
     """
     candidates = (*rules, *DEFAULT_RULES)
     tensors = tuple(
@@ -122,6 +140,13 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
     repeated = [path for path, n in collections.Counter(t.path for t in tensors).items() if n > 1]
     if repeated:
         raise ValueError(f"several tensors have the same path: {', '.join(repeated)}; rename one of their modules")
+    for tensor in tensors:
+        ndim, axes = len(tensor.shape), tensor.rule.stack_axes if tensor.rule else ()
+        if not all(-ndim <= axis < ndim for axis in axes) or len({axis % ndim for axis in axes}) == ndim > 0:
+            raise ValueError(
+                f"{tensor.path} of shape {tensor.shape} cannot be a stack along {axes}; accepted are some of its axes, "
+                "and not all of them"
+            )
     used = {tensor.rule for tensor in tensors}
     result = Plan(tensors, tuple(rule for rule in rules if rule not in used))
     for rule in result.unused_rules:

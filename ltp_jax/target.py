@@ -40,7 +40,7 @@ class TargetState(flax.struct.PyTreeNode):
     Attributes:
       prune: what the verbs of the library take.
       log_scale: ``log m``, a float32 scalar; ``m`` has no unit, and 1 is the target as LAMP has it.
-      offsets: ``a_l`` by path, float32 scalars; ``exp(a_l)`` is in units of ``w``.
+      offsets: ``a_l``; ``exp(a_l)`` is in units of ``w``.
       optimizer: the state of the offsets' optimizer.
       fixed: whether the masks are, a bool scalar.
     """
@@ -127,16 +127,18 @@ def target_density(
         raise ValueError(f"{path} has a cost of {cost}; accepted is a positive number for each tensor that is pruned")
     total = sum(unit[path] * size for path, size in sizes.items())
     shares = {path: cost / total for path, cost in unit.items()}
+    layers = {tensor.path: tensor.layers for tensor in plan.tensors if tensor.prune}
+    least = sum(shares[path] * n for path, n in layers.items())
     if not 0 < density < 1:
         raise ValueError(f"the density is {density}; accepted is more than 0, less than 1")
     if not 0 <= leak <= 1:
         raise ValueError(f"the leak is {leak}; accepted is 0 to 1")
     if not 1 <= prune_steps <= select_steps:
         raise ValueError(f"prune_steps is {prune_steps}, select_steps {select_steps}; accepted is 1 to select_steps")
-    if density < sum(shares.values()):
+    if density < least:
         raise ValueError(
-            f"a density of {density:.3g} leaves fewer than one weight to each of the {len(sizes)} tensors; the "
-            f"least is {sum(shares.values()):.3g}"
+            f"a density of {density:.3g} leaves fewer than one weight to each of the {sum(layers.values())} layers; "
+            f"the least is {least:.3g}"
         )
     planned = planned_density(density, prune_steps)
     optimizer = optax.adam(3e-4) if optimizer is None else optimizer
@@ -146,7 +148,7 @@ def target_density(
         for path, leaf in named_leaves(params):
             if path in sizes and leaf.dtype != jnp.float32:
                 raise ValueError(f"{path} is of {leaf.dtype}; to meet a target weights have to be float32")
-        offsets = lamp_offsets(params, density, shares)
+        offsets = lamp_offsets(params, prune.thresholds, density, shares)
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
         # said of the weights that are not zero already: no threshold can leave more than those.
         present = measure(params, prune.thresholds, shares).present
@@ -180,10 +182,10 @@ def target_density(
         exact = jax.lax.cond(
             fix_now,
             lambda: exact_thresholds(params, offsets, density, shares),
-            lambda: {path: jnp.float32(FIXED_THRESHOLD) for path in sizes},
+            lambda: jax.tree.map(lambda tau: jnp.full_like(tau, FIXED_THRESHOLD), offsets),
         )
         hard = state.replace(
-            prune=PruneState(exact, {path: jnp.float32(FIXED_TEMPERATURE) for path in sizes}),
+            prune=PruneState(exact, jax.tree.map(lambda t: jnp.full_like(t, FIXED_TEMPERATURE), offsets)),
             fixed=jnp.ones((), bool),
         )
         return params, jax.tree.map(lambda soft, hard: jnp.where(state.fixed | fix_now, hard, soft), selected, hard)
@@ -195,34 +197,38 @@ def target_density(
 
 
 def scaled_thresholds(scale: jax.Array, offsets: Scalars) -> Scalars:
-    """``τ_l = (m · exp(a_l))²``, float32 scalars in units of ``w²``."""
+    """``τ_l = (m · exp(a_l))²`` in units of ``w²``."""
     return {path: jnp.square(scale * jnp.exp(a)) for path, a in offsets.items()}
 
 
-def lamp_offsets(params: Params, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
+def lamp_offsets(params: Params, thresholds: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
     """``log √τ_l`` of the thresholds by which LAMP (Lee et al., arXiv 2010.07611) leaves a density.
 
     The score of a weight is ``w² / Σ u²`` over the weights ``u`` of its layer that are no smaller than it. Weights of
     all layers are compared by it. That of the largest weight of a layer is 1, so that no layer is left empty, and
-    small layers stay denser than large ones. Arguments and result as for ``exact_thresholds``; sorts each tensor once.
+    small layers stay denser than large ones. Sorts each layer once. Of the thresholds only the shapes are looked at;
+    the other arguments are as for ``exact_thresholds``.
     """
     leaves = dict(named_leaves(params))
-    squares = {path: jnp.sort(_whole(jnp.square(leaves[path].astype(jnp.float32))).ravel()) for path in shares}
-    scores = {path: square / jnp.cumsum(square[::-1])[::-1] for path, square in squares.items()}  # ascending as well
+    rows = {path: _rows(jnp.square(leaves[path].astype(jnp.float32)), tau.shape) for path, tau in thresholds.items()}
+    squares = {path: jnp.sort(row) for path, row in rows.items()}
+    scores = {path: w / jnp.cumsum(w[..., ::-1], -1)[..., ::-1] for path, w in squares.items()}  # ascending as well
+    place = jnp.vectorize(jnp.searchsorted, signature="(n),()->()")
+    pick = jnp.vectorize(lambda values, i: values[jnp.minimum(i, values.size - 1)], signature="(n),()->()")
 
     def left(score: jax.Array) -> jax.Array:
-        counts = {path: values.size - jnp.searchsorted(values, score) for path, values in scores.items()}
+        counts = {path: values.shape[-1] - place(values, score) for path, values in scores.items()}
         return transform.total_cost(counts, shares)
 
     smallest = jnp.minimum(_smallest_float(lambda score: left(score) <= density * (1 + 1e-6)), 1)
-    places = {path: jnp.searchsorted(values, smallest) for path, values in scores.items()}
-    return {path: jnp.log(squares[path][jnp.minimum(places[path], squares[path].size - 1)]) / 2 for path in shares}
+    found = {path: pick(squares[path], place(values, smallest)) for path, values in scores.items()}
+    return {path: jnp.log(square).reshape(thresholds[path].shape) / 2 for path, square in found.items()}
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """The array on every device of an explicit mesh, which does not gather by itself what is sorted."""
-    sharding = method.everywhere(x)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
+def _rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The weights of each layer in a row. An explicit mesh does not gather by itself what is sorted."""
+    stack = [axis for axis, n in enumerate(shape) if n > 1]
+    return jnp.moveaxis(method.unsplit(x), stack, range(len(stack))).reshape(*(shape[axis] for axis in stack), -1)
 
 
 class Measured(NamedTuple):
@@ -231,8 +237,8 @@ class Measured(NamedTuple):
     Attributes:
       density: a float32 scalar in [0, 1].
       present: the density of thresholds of zero.
-      slopes: by path, what the density loses per unit of ``log √τ_l``; not negative.
-      largest: by path, the largest ``w²``.
+      slopes: what the density loses per unit of ``log √τ_l``; not negative.
+      largest: the largest ``w²``.
     """
 
     density: jax.Array
@@ -257,8 +263,8 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
         tau = thresholds[path]
         levels = (jnp.zeros_like(tau), tau / width, tau, tau * width)
         (nonzero, below, kept, above), largest[path] = _counts(leaves[path], levels)
-        density += share * kept
-        present += share * nonzero
+        density += share * jnp.sum(kept)
+        present += share * jnp.sum(nonzero)
         slopes[path] = share * (below - above) / (2 * SLOPE_WIDTH)
     return Measured(density, present, slopes, largest)
 
@@ -288,7 +294,7 @@ def newton_step(density: jax.Array, slopes: Scalars, planned: jax.Array) -> jax.
       planned: the density wanted.
     """
     density = jnp.maximum(density, 1e-9)
-    slope = sum(slopes.values(), start=jnp.zeros((), jnp.float32)) / density
+    slope = transform.total_cost(slopes) / density
     # Selection empties the surroundings of a threshold: the slope there would throw it far into the weights beyond.
     # For normally distributed weights the slope is about −1.3 log density; less than half of that is not believed.
     slope = jnp.maximum(slope, -0.65 * jnp.log(density))
@@ -300,9 +306,8 @@ def without_component(grads: Scalars, direction: Scalars) -> Scalars:
 
     The coefficient of the component, ``<g, b> / <b, b>``, is the multiplier λ of the penalty.
     """
-    zero = jnp.zeros((), jnp.float32)
-    along = sum((g * direction[path] for path, g in grads.items()), start=zero)
-    norm = sum((b * b for b in direction.values()), start=zero)
+    along = transform.total_cost({path: g * direction[path] for path, g in grads.items()})
+    norm = transform.total_cost({path: b * b for path, b in direction.items()})
     multiplier = along / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
     return {path: g - multiplier * direction[path] for path, g in grads.items()}
 
@@ -324,7 +329,8 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
     leaves = dict(named_leaves(params))
 
     def between(w: jax.Array, tau: jax.Array) -> jax.Array:
-        above = jnp.min(jnp.where(method.hard_mask(w, tau), jnp.square(w.astype(jnp.float32)), jnp.inf))
+        squares = jnp.where(method.hard_mask(w, tau), jnp.square(w.astype(jnp.float32)), jnp.inf)
+        above = method.over_layers(jnp.min, squares, tau.shape)
         middle = tau + (above - tau) / 2
         return jnp.where(middle < above, middle, tau)
 
@@ -336,7 +342,7 @@ def keep_one(params: Params, thresholds: Scalars) -> Scalars:
     leaves = dict(named_leaves(params))
 
     def capped(path: str, tau: jax.Array) -> jax.Array:
-        largest = jnp.max(jnp.square(leaves[path].astype(jnp.float32)))
+        largest = method.over_layers(jnp.max, jnp.square(leaves[path].astype(jnp.float32)), tau.shape)
         return jnp.minimum(tau, jnp.nextafter(largest, jnp.float32(0)))
 
     return {path: capped(path, tau) for path, tau in thresholds.items()}
@@ -374,7 +380,8 @@ def _smallest_float(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
 
 
 def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """How many weights lie above each threshold, int32 as a float32 sum of ones stops at 2²⁴, and the largest ``w²``.
+    """How many weights of each layer lie above each threshold, int32 as a float32 sum of ones stops at 2²⁴, and the
+    largest ``w²``, all of the shape of a threshold.
 
     XLA has no fast form of integer sums for a CPU: it writes each mask to memory first. There all of it is one
     reduction of several operands, which takes a twentieth of the time, and which costs a TPU more than separate ones.
@@ -386,11 +393,15 @@ def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Ar
         def combine(a, b):
             return jnp.maximum(a[0], b[0]), *(x + y for x, y in zip(a[1:], b[1:], strict=True))
 
-        return jax.lax.reduce((square, *masks), zeros, combine, range(w.ndim))
+        reduced = jax.lax.reduce((square, *masks), zeros, combine, range(w.ndim) if axes is None else axes)
+        return tuple(x if axes is None else jnp.expand_dims(method.unsplit(x), axes) for x in reduced)
 
     def apart(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:
-        return jnp.max(square), *(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
+        counts = (method.over_layers(jnp.sum, mask, shape, dtype=jnp.int32) for mask in masks)
+        return method.over_layers(jnp.max, square, shape), *counts
 
+    shape = thresholds[0].shape
+    axes = method.layer_axes(shape)
     square = jnp.square(w.astype(jnp.float32))
     masks = ((square > tau).astype(jnp.int32) for tau in thresholds)
     largest, *counts = jax.lax.platform_dependent(square, *masks, cpu=together, default=apart)

@@ -17,6 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from ltp_jax.transform import Summary, each_layer
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -34,11 +36,12 @@ class Entry:
       step: the same in training steps.
       compression: prunable weights over those kept.
       density: the kept fraction of the prunable weights, in [0, 1].
-      densities: the same for each pruned tensor, by path.
-      thresholds: ``τ`` of each pruned tensor, by path, in units of ``w²``.
+      densities: the same for each pruned tensor, by path; in a stack for each layer, by path and ``[number]``.
+      thresholds: ``τ`` of each, in units of ``w²``.
       top1, top5: of this network, the hard-pruned one, on held-out data; percent.
       loss: its mean cross entropy there, in nats.
-      soft_top1, soft_top5, soft_loss: the same for the soft-pruned network that is trained.
+      soft_top1, soft_top5, soft_loss: the same for the soft-pruned network that is trained; None if the writer did not
+        evaluate it.
       train_loss: mean loss of the soft-pruned network over the epoch's training batches; None before the first epoch.
       macs_compression: multiply-accumulates of the prunable weights for one input over those of the weights kept; None
         if the writer did not count them.
@@ -53,16 +56,34 @@ class Entry:
     top1: float
     top5: float
     loss: float
-    soft_top1: float
-    soft_top5: float
-    soft_loss: float
+    soft_top1: float | None = None
+    soft_top5: float | None = None
+    soft_loss: float | None = None
     train_loss: float | None = None
     macs_compression: float | None = None
 
+    @classmethod
+    def of(cls, summary: Summary, **figures: Any) -> "Entry":
+        """The entry of a network as ``ltp_jax.summarize`` has it.
+
+        Args:
+          summary: compression, densities and thresholds.
+          **figures: what else an entry has to have: epoch, step, and the accuracy of the network.
+        """
+        tensors = jax.device_get(summary.tensors).items()
+        kept = sum(int(t.kept.sum()) for _, t in tensors)
+        return cls(
+            compression=summary.weights / max(kept, 1) if summary.weights else 1.0,
+            density=kept / max(summary.weights, 1),
+            densities={layer: int(n) / t.weights for path, t in tensors for layer, n in each_layer(path, t.kept)},
+            thresholds={layer: float(tau) for path, t in tensors for layer, tau in each_layer(path, t.threshold)},
+            **figures,
+        )
+
     @property
-    def gap(self) -> float:
+    def gap(self) -> float | None:
         """The hardening gap: what top-1 loses, in points, when the soft masks become hard ones."""
-        return self.soft_top1 - self.top1
+        return None if self.soft_top1 is None else self.soft_top1 - self.top1
 
     def __str__(self) -> str:
         return f"epoch {self.epoch}: {self.compression:.2f}× at {self.top1:.2f} % top-1"

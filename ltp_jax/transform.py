@@ -1,26 +1,28 @@
 """The method over a pytree of parameters: the verbs of the library."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import flax.struct
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ltp_jax import method
 from ltp_jax.selection import Params, Plan, format_table, map_selected, named_leaves
 
 Scalars = dict[str, jax.Array]
+"""A float32 scalar of every pruned tensor by its path; of a stack of layers an array of one for each, which is 1 along
+the axes of a layer."""
 
 
 class PruneState(flax.struct.PyTreeNode):
     """What LTP knows of a network beside its weights.
 
     Attributes:
-      thresholds: ``τ`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Learned. One below zero
-        counts as zero.
-      temperatures: ``T`` of every pruned tensor by its path; float32 scalars in units of ``w²``. Constant.
+      thresholds: ``τ`` of every pruned tensor, in units of ``w²``. Learned. One below zero counts as zero.
+      temperatures: ``T`` of every pruned tensor, in units of ``w²``. Constant.
     """
 
     thresholds: Scalars
@@ -47,14 +49,26 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
     for path in plan.paths:
         if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
             raise ValueError(f"{path} is of {leaves[path].dtype}; what is pruned has to be of floating point")
-    temperatures = {path: method.temperature(leaves[path], t0) for path in plan.paths}
-    for path, temperature in temperatures.items():
-        if not isinstance(temperature, jax.core.Tracer) and not (jnp.isfinite(temperature) and temperature > 0):
-            raise ValueError(
-                f"{path} has a temperature of {temperature}: its weights are all of one size or not finite, or t0 is "
-                "not positive. LTP starts from trained weights; a rule with prune=False leaves a tensor out"
-            )
-    return PruneState({path: jnp.zeros((), jnp.float32) for path in plan.paths}, temperatures)
+    shapes = {tensor.path: tensor.threshold_shape for tensor in plan.tensors if tensor.prune}
+    temperatures = {path: method.temperature(leaves[path], t0, shape) for path, shape in shapes.items()}
+    for path, layers in temperatures.items():
+        for layer, temperature in [] if isinstance(layers, jax.core.Tracer) else each_layer(path, layers):
+            if not (jnp.isfinite(temperature) and temperature > 0):
+                raise ValueError(
+                    f"{layer} has a temperature of {temperature}: its weights are all of one size or not finite, or "
+                    "t0 is not positive. LTP starts from trained weights; a rule with prune=False leaves a tensor out"
+                )
+    return PruneState({path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}, temperatures)
+
+
+def each_layer(path: str, values: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """What there is for each layer of a tensor, under the names of the layers: ``"blocks/kernel[3]"`` in a stack."""
+    if not values.shape:
+        yield path, values
+        return
+    stack = [axis for axis, n in enumerate(values.shape) if n > 1] or [0]
+    for index in np.ndindex(values.shape):
+        yield f"{path}[{', '.join(str(index[axis]) for axis in stack)}]", values[index]
 
 
 def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = False, leak: ArrayLike = 0.0) -> Params:
@@ -124,7 +138,7 @@ def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) ->
     terms = [
         jnp.float32(count) * (1.0 if costs is None else jnp.float32(costs[path])) for path, count in counts.items()
     ]
-    return sum(terms, start=jnp.zeros((), jnp.float32))
+    return sum(map(jnp.sum, terms), start=jnp.zeros((), jnp.float32))
 
 
 def hard_prune(params: Params, state: PruneState) -> Params:
@@ -154,7 +168,13 @@ def mask(params: Params, state: PruneState) -> Params:
 
 
 class TensorSummary(flax.struct.PyTreeNode):
-    """What is left of one pruned tensor: ``weights`` in all, of which ``kept`` (int32) survive; its threshold ``τ``."""
+    """What is left of one pruned tensor. In a stack ``kept`` and ``threshold`` are arrays of one for each layer.
+
+    Attributes:
+      weights: how many each layer has in all.
+      kept: how many of them survive, int32.
+      threshold: ``τ``.
+    """
 
     weights: int = flax.struct.field(pytree_node=False)
     kept: jax.Array
@@ -180,13 +200,14 @@ class Summary(flax.struct.PyTreeNode):
     @property
     def weights(self) -> int:
         """How many weights the pruned tensors have."""
-        return sum(tensor.weights for tensor in self.tensors.values())
+        return sum(tensor.weights * tensor.kept.size for tensor in self.tensors.values())
 
     @property
     def kept(self) -> jax.Array:
         """How many of them survive: an int32 scalar, or a float32 one if there are more than int32 can count."""
         dtype = jnp.int32 if self.weights < 2**31 else jnp.float32
-        return sum((tensor.kept.astype(dtype) for tensor in self.tensors.values()), start=jnp.zeros((), dtype))
+        counts = (jnp.sum(tensor.kept.astype(dtype)) for tensor in self.tensors.values())
+        return sum(counts, start=jnp.zeros((), dtype))
 
     @property
     def density(self) -> jax.Array:
@@ -211,10 +232,11 @@ class Summary(flax.struct.PyTreeNode):
 
     def __str__(self) -> str:
         rows = [
-            (path, f"{t.weights:,}", f"{int(t.kept):,}", f"{float(t.density):.2%}", f"{float(t.threshold):.3e}")
+            (layer, f"{t.weights:,}", f"{int(kept):,}", f"{int(kept) / t.weights:.2%}", f"{float(threshold):.3e}")
             for path, t in self.tensors.items()
+            for (layer, kept), threshold in zip(each_layer(path, t.kept), t.threshold.ravel(), strict=True)
         ]
-        kept = sum(int(tensor.kept) for tensor in self.tensors.values())
+        kept = sum(int(tensor.kept.sum()) for tensor in self.tensors.values())
         whole = kept + self.unpruned
         rows.append(("pruned tensors", f"{self.weights:,}", f"{kept:,}", f"{kept / max(self.weights, 1):.2%}", ""))
         rows.append(
@@ -232,8 +254,8 @@ def summarize(params: Params, state: PruneState) -> Summary:
         raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
     tensors = {
         path: TensorSummary(
-            weights=leaves[path].size,
-            kept=jnp.sum(method.hard_mask(leaves[path], threshold), dtype=jnp.int32),
+            weights=leaves[path].size // threshold.size,
+            kept=method.count(leaves[path], threshold),
             threshold=threshold,
         )
         for path, threshold in ((path, method.valid_threshold(tau)) for path, tau in state.thresholds.items())

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ltp_jax as ltp
+from ltp_jax.trail import Entry, Trail
 
 
 class Network(nn.Module):
@@ -19,10 +20,11 @@ class Network(nn.Module):
         return nn.Dense(4)(x)
 
 
-def test_the_training_loop():
+def test_the_training_loop(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "make_train_step(" in block)
     (step,) = (block for block in blocks if "def loss_fn(" in block)
+    (save,) = (block for block in blocks if "trail.save(" in block)
     model, steps, rng = Network(), 40, np.random.default_rng(0)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32)), train=False)
     images = rng.normal(size=(steps, 16, 32)).astype(np.float32)
@@ -32,6 +34,10 @@ def test_the_training_loop():
     exec(loop, names)  # the names of its text, and those that it defines
     kept = sum(np.count_nonzero(w) for path, w in ltp.named_leaves(names["hard"]) if path.endswith("kernel"))
     assert kept == (32 * 64 + 64 * 4) // 16
+    trail = Trail(tmp_path, create=True)
+    exec(save, names | {"Entry": Entry, "trail": trail})
+    trail.close()
+    assert Trail(tmp_path).pick(min_compression=16).compression == (32 * 64 + 64 * 4) / kept
     exec(step, names)
     assert all(np.any(grad != 0) for grad in jax.tree.leaves(names["grads"]))
     assert all(grad != 0 for grad in names["threshold_grads"].values())

@@ -67,7 +67,7 @@ def main() -> None:
             "top1": entry.top1,
             "drop": dense.top1 - entry.top1,
         }
-        runs[-1]["largest_gap"] = max(abs(e.gap) for e in trail.entries)
+        runs[-1]["largest_gap"] = max(abs(e["gap"]) for e in runs[-1]["entries"])
     picked = [run["picked"] for run in runs]
     mean = {name: statistics.mean(p[name] for p in picked) for name in ("compression", "top1", "drop")} | {
         "largest_gap": max(run["largest_gap"] for run in runs)

@@ -122,10 +122,10 @@ def test_exact_thresholds_meet_a_budget_of_costs():
 def test_lamp_by_hand():
     # Scores of a, 1/30, 4/29, 9/25, 16/16; of b, 25/174, 36/149, 49/113, 64/64. Five of eight leave out the first two
     # of a and the first of b.
-    offsets = target.lamp_offsets(TOY, 5 / 8, dict.fromkeys(ZERO, 1 / 8))
+    offsets = target.lamp_offsets(TOY, ZERO, 5 / 8, dict.fromkeys(ZERO, 1 / 8))
     np.testing.assert_allclose([offsets[path] for path in ZERO], np.log([3.0, 6.0]), rtol=1e-6)
     # Weights of a that cost three times as much: 4 of 16 buy the largest of each.
-    offsets = target.lamp_offsets(TOY, 4 / 16, {"a/kernel": 3 / 16, "b/kernel": 1 / 16})
+    offsets = target.lamp_offsets(TOY, ZERO, 4 / 16, {"a/kernel": 3 / 16, "b/kernel": 1 / 16})
     np.testing.assert_allclose([offsets[path] for path in ZERO], np.log([4.0, 8.0]), rtol=1e-6)
 
 
@@ -460,7 +460,7 @@ def test_offsets_descend_the_loss():
         (1.0, 1, 2, "less than 1"),
         (0.5, 3, 2, "prune_steps is 3, select_steps 2"),
         (0.5, 0, 2, "prune_steps is 0"),
-        (0.001, 1, 2, "fewer than one weight to each of the 3 tensors"),
+        (0.001, 1, 2, "fewer than one weight to each of the 3 layers"),
     ],
 )
 def test_refusals(density, prune_steps, select_steps, message):
