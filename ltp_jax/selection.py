@@ -37,6 +37,8 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}") from error
+        if not isinstance(self.stack_axes, tuple):
+            raise TypeError(f"stack_axes is {self.stack_axes!r}; accepted is a tuple of axes, such as (0,)")
 
     def matches(self, path: str, ndim: int) -> bool:
         return ndim >= self.min_ndim and re.fullmatch(self.pattern, path) is not None
@@ -131,7 +133,10 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
     Raises:
       ValueError: if two tensors have the same path, or a tensor lacks an axis along which a rule stacks it, or has no
         other.
+      TypeError: if the rules are no sequence of rules.
     """
+    if isinstance(rules, Rule | str) or not all(isinstance(rule, Rule) for rule in rules):
+        raise TypeError(f"the rules are {rules!r}; accepted is a list of ltp_jax.Rule")
     candidates = (*rules, *DEFAULT_RULES)
     tensors = tuple(
         Selected(path, tuple(leaf.shape), next((r for r in candidates if r.matches(path, len(leaf.shape))), None))

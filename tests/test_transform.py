@@ -89,6 +89,17 @@ def test_broken_pattern_is_refused():
         ltp.Rule("head(")
 
 
+def test_stack_axes_that_are_no_tuple_are_refused():
+    with pytest.raises(TypeError, match="stack_axes is 0; accepted is a tuple"):
+        ltp.Rule("kernel", stack_axes=0)
+
+
+@pytest.mark.parametrize("rules", [ltp.Rule("head/.*"), "head/.*", ["head/.*"]])
+def test_what_is_no_list_of_rules_is_refused(params, rules):
+    with pytest.raises(TypeError, match=r"head/\.\*.*; accepted is a list of ltp_jax\.Rule"):
+        ltp.plan(params, rules)
+
+
 def test_init_gives_eq_15_per_tensor_and_zero_thresholds(params):
     state = ltp.init(params, ltp.plan(params), t0=2e-3)
     assert set(state.thresholds) == set(state.temperatures) == set(KERNELS)
