@@ -94,7 +94,7 @@ def test_lost_process_stops_the_others(jobs, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     kill = {"LTP_SIGNAL": SIGKILL, "LTP_BATCH": "14"}
     # Not shorter: a process of a busy machine that comes to nothing for some seconds is not lost.
-    heartbeat = "--distributed.heartbeat-timeout=30"
+    heartbeat = "--distributed.heartbeat-timeout=60"
     ended = jobs(workdir, heartbeat, processes=2, devices=2, signals={1: kill})
     assert ended[1].code == -signal.SIGKILL
     # By its broken connection the run notices it and says so. While no connection is open yet, between two programs,
