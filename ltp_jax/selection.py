@@ -37,7 +37,7 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}") from error
-        if not isinstance(self.stack_axes, tuple):
+        if not isinstance(self.stack_axes, tuple) or not all(type(axis) is int for axis in self.stack_axes):
             raise TypeError(f"stack_axes is {self.stack_axes!r}; accepted is a tuple of axes, such as (0,)")
 
     def matches(self, path: str, ndim: int) -> bool:
@@ -135,7 +135,7 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
         other.
       TypeError: if the rules are no sequence of rules.
     """
-    if isinstance(rules, Rule | str) or not all(isinstance(rule, Rule) for rule in rules):
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError(f"the rules are {rules!r}; accepted is a list of ltp_jax.Rule")
     candidates = (*rules, *DEFAULT_RULES)
     tensors = tuple(

@@ -263,8 +263,9 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
         tau = thresholds[path]
         levels = (jnp.zeros_like(tau), tau / width, tau, tau * width)
         (nonzero, below, kept, above), largest[path] = _counts(leaves[path], levels)
-        density += share * jnp.sum(kept)
-        present += share * jnp.sum(nonzero)
+        # As float32: a stack may have more weights than int32 counts.
+        density += share * jnp.sum(kept.astype(jnp.float32))
+        present += share * jnp.sum(nonzero.astype(jnp.float32))
         slopes[path] = share * (below - above) / (2 * SLOPE_WIDTH)
     return Measured(density, present, slopes, largest)
 

@@ -52,8 +52,9 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
     shapes = {tensor.path: tensor.threshold_shape for tensor in plan.tensors if tensor.prune}
     temperatures = {path: method.temperature(leaves[path], t0, shape) for path, shape in shapes.items()}
     for path, layers in temperatures.items():
-        for layer, temperature in [] if isinstance(layers, jax.core.Tracer) else each_layer(path, layers):
-            if not (jnp.isfinite(temperature) and temperature > 0):
+        known = () if isinstance(layers, jax.core.Tracer) else each_layer(path, jax.device_get(layers))
+        for layer, temperature in known:
+            if not (np.isfinite(temperature) and temperature > 0):
                 raise ValueError(
                     f"{layer} has a temperature of {temperature}: its weights are all of one size or not finite, or "
                     "t0 is not positive. LTP starts from trained weights; a rule with prune=False leaves a tensor out"
@@ -120,7 +121,7 @@ def soft_prune_and_count(
     counts: Scalars = {}
 
     def prune(path: str, w: jax.Array) -> jax.Array:
-        tau, temperature = method.valid_threshold(state.thresholds[path]), state.temperatures[path]
+        tau, temperature = _threshold(path, w, state), state.temperatures[path]
         pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights, leak)
         return pruned
 
@@ -131,14 +132,25 @@ def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) ->
     """``Σ_l cost_l · count_l``, a float32 scalar; without costs every weight counts one.
 
     Raises:
-      ValueError: if a tensor has no cost.
+      ValueError: if a tensor has no cost, or costs of another number of layers.
     """
-    if missing := [] if costs is None else [path for path in counts if path not in costs]:
+    costs = dict.fromkeys(counts, 1.0) if costs is None else costs
+    if missing := [path for path in counts if path not in costs]:
         raise ValueError(f"the costs lack {', '.join(missing)}, which the state prunes")
-    terms = [
-        jnp.float32(count) * (1.0 if costs is None else jnp.float32(costs[path])) for path, count in counts.items()
-    ]
+    for path, count in counts.items():
+        if (shape := jnp.shape(costs[path])) not in ((), jnp.shape(count)):
+            raise ValueError(f"the cost of {path} is of shape {shape}; accepted is a number, or {jnp.shape(count)}")
+    terms = [jnp.float32(count) * jnp.float32(costs[path]) for path, count in counts.items()]
     return sum(map(jnp.sum, terms), start=jnp.zeros((), jnp.float32))
+
+
+def _threshold(path: str, w: jax.Array, state: PruneState) -> jax.Array:
+    """The threshold of a tensor, not below zero, once it is certain to be one of this tensor's layers."""
+    tau = state.thresholds[path]
+    fits = len(tau.shape) == len(w.shape) and all(n in (1, size) for n, size in zip(tau.shape, w.shape, strict=True))
+    if tau.shape and not fits:
+        raise ValueError(f"{path} is of shape {w.shape}, and the state has thresholds for it of shape {tau.shape}")
+    return method.valid_threshold(tau)
 
 
 def hard_prune(params: Params, state: PruneState) -> Params:
@@ -149,7 +161,7 @@ def hard_prune(params: Params, state: PruneState) -> Params:
     """
 
     def prune(path: str, w: jax.Array) -> jax.Array:
-        return method.hard_threshold(w, method.valid_threshold(state.thresholds[path]))
+        return method.hard_threshold(w, _threshold(path, w, state))
 
     return map_selected(prune, params, state.thresholds)
 
@@ -162,7 +174,7 @@ def mask(params: Params, state: PruneState) -> Params:
     """
 
     def kept(path: str, w: jax.Array) -> jax.Array:
-        return method.hard_mask(w, method.valid_threshold(state.thresholds[path]))
+        return method.hard_mask(w, _threshold(path, w, state))
 
     return map_selected(kept, params, state.thresholds, lambda w: jnp.ones_like(w, bool))
 
@@ -231,12 +243,13 @@ class Summary(flax.struct.PyTreeNode):
         return float(self.parameters) / (self.kept.astype(jnp.float32) + float(self.unpruned))
 
     def __str__(self) -> str:
+        tensors = jax.device_get(self.tensors)
         rows = [
             (layer, f"{t.weights:,}", f"{int(kept):,}", f"{int(kept) / t.weights:.2%}", f"{float(threshold):.3e}")
-            for path, t in self.tensors.items()
-            for (layer, kept), threshold in zip(each_layer(path, t.kept), t.threshold.ravel(), strict=True)
+            for path, t in tensors.items()
+            for (layer, kept), threshold in zip(each_layer(path, t.kept), np.ravel(t.threshold), strict=True)
         ]
-        kept = sum(int(tensor.kept.sum()) for tensor in self.tensors.values())
+        kept = sum(int(tensor.kept.sum(dtype=np.int64)) for tensor in tensors.values())
         whole = kept + self.unpruned
         rows.append(("pruned tensors", f"{self.weights:,}", f"{kept:,}", f"{kept / max(self.weights, 1):.2%}", ""))
         rows.append(
@@ -258,6 +271,6 @@ def summarize(params: Params, state: PruneState) -> Summary:
             kept=method.count(leaves[path], threshold),
             threshold=threshold,
         )
-        for path, threshold in ((path, method.valid_threshold(tau)) for path, tau in state.thresholds.items())
+        for path, threshold in ((path, _threshold(path, leaves[path], state)) for path in state.thresholds)
     }
     return Summary(tensors, unpruned=sum(leaf.size for path, leaf in leaves.items() if path not in tensors))

@@ -15,7 +15,7 @@ import ltp_jax as ltp
 from ltp_jax import method
 from ltp_jax.adapters import linen_apply, nnx_apply
 from ltp_jax.pruner import learned_thresholds
-from ltp_jax.target import target_density
+from ltp_jax.target import measure, target_density
 from ltp_jax.trail import Entry
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
@@ -245,3 +245,39 @@ def test_a_stack_of_nnx_layers_meets_its_target():
     assert summary.tensors["blocks/kernel"].kept.shape == (DEPTH, 1, 1)
     assert np.all(summary.tensors["blocks/kernel"].kept > 0)
     assert int(summary.kept) == (DEPTH * WIDTH * WIDTH + WIDTH * 4) // 6
+
+
+def test_a_state_of_other_layers_is_refused():
+    _, stacked = networks()
+    state = ltp.init(stacked, ltp.plan(stacked, rules()))
+    alone = {"blocks": layers_of(stacked["blocks"])[0], "head": stacked["head"]}
+    for verb in (ltp.soft_prune, ltp.hard_prune, ltp.mask, ltp.l0, ltp.summarize):
+        with pytest.raises(ValueError, match=r"blocks/dense/kernel is of shape \(12, 12\).*\(3, 1, 1\)"):
+            verb(alone, state)
+
+
+def test_costs_of_layers_have_the_shape_of_their_counts():
+    _, stacked = networks()
+    state = ltp.init(stacked, ltp.plan(stacked, rules()))
+    costs = {"blocks/dense/kernel": jnp.array([1.0, 2.0, 3.0]), "head/kernel": 0.0}
+    with pytest.raises(
+        ValueError, match=r"blocks/dense/kernel is of shape \(3,\); accepted is a number, or \(3, 1, 1\)"
+    ):
+        ltp.l0(stacked, state, costs=costs)
+    costs["blocks/dense/kernel"] = costs["blocks/dense/kernel"].reshape(3, 1, 1)
+    each = ltp.soft_prune_and_count(stacked, state)[1]["blocks/dense/kernel"].ravel()
+    np.testing.assert_allclose(ltp.l0(stacked, state, costs=costs), each @ jnp.array([1.0, 2.0, 3.0]), rtol=1e-6)
+
+
+def test_a_stack_of_more_weights_than_int32_counts():
+    kept = jnp.full((2, 1, 1), 2 * 10**9, jnp.int32)
+    tensor = ltp.transform.TensorSummary(weights=2 * 10**9, kept=kept, threshold=jnp.zeros((2, 1, 1)))
+    summary = ltp.transform.Summary({"kernel": tensor}, unpruned=0)
+    assert "4,000,000,000  100.00%" in str(summary)
+    assert Entry.of(summary, epoch=1, step=2, top1=90.0, top5=99.0, loss=0.1).density == 1.0
+
+    def density():
+        w = jnp.broadcast_to(jax.lax.optimization_barrier(jnp.float32(1)), (3, 2**15, 2**15))  # never in memory
+        return measure({"kernel": w}, {"kernel": jnp.zeros((3, 1, 1))}, {"kernel": 1 / w.size}).density
+
+    np.testing.assert_allclose(jax.jit(density)(), 1.0, rtol=1e-5)
