@@ -317,8 +317,8 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
     Each is moved half way to the smallest weight that it keeps: it would else be the size of a weight, whose soft mask
-    would be a half where its hard mask is zero. Weights of exactly one size are kept or pruned together, and where
-    there are many of them fewer weights are left.
+    would be a half where its hard mask is zero. Weights of exactly one size are kept or pruned together: where
+    there are many of them fewer weights are left, and more if they are the largest of a layer, which keeps one of them.
 
     Args:
       params: the parameters.

@@ -67,7 +67,8 @@ class Entry:
         """The entry of a network as ``ltp_jax.summarize`` has it.
 
         Args:
-          summary: compression, densities and thresholds.
+          summary: compression, densities and thresholds. In a job of several processes each has to have all of it: make
+            it with ``jax.jit(ltp_jax.summarize, out_shardings=...)``, replicated.
           **figures: what else an entry has to have: epoch, step, and the accuracy of the network.
         """
         tensors = jax.device_get(summary.tensors).items()
