@@ -389,8 +389,7 @@ class Job:
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
             figures = self._evaluate(hard, state.batch_stats)
             soft_figures = self._evaluate(soft, state.batch_stats)
-            summary = summarize(state.params, state.pruning)
-            totals = jax.device_get(state.totals)
+            summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
             entry = Entry.of(
                 summary,
                 epoch=epoch,

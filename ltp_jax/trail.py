@@ -72,7 +72,7 @@ class Entry:
           **figures: what else an entry has to have: epoch, step, and the accuracy of the network.
         """
         tensors = jax.device_get(summary.tensors).items()
-        kept = sum(int(t.kept.sum(dtype=np.int64)) for _, t in tensors)
+        kept = summary.count_kept()
         return cls(
             compression=summary.weights / max(kept, 1) if summary.weights else 1.0,
             density=kept / max(summary.weights, 1),

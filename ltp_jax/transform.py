@@ -232,6 +232,10 @@ class Summary(flax.struct.PyTreeNode):
         there are none."""
         return float(self.weights) / self.kept if self.weights else jnp.ones((), jnp.float32)
 
+    def count_kept(self) -> int:
+        """``kept`` to the last weight, however many there are; needs real values."""
+        return sum(int(np.sum(tensor.kept, dtype=np.int64)) for tensor in jax.device_get(self.tensors).values())
+
     @property
     def parameters(self) -> int:
         """How many parameters the whole network has, pruned or not."""
@@ -249,7 +253,7 @@ class Summary(flax.struct.PyTreeNode):
             for path, t in tensors.items()
             for (layer, kept), threshold in zip(each_layer(path, t.kept), np.ravel(t.threshold), strict=True)
         ]
-        kept = sum(int(tensor.kept.sum(dtype=np.int64)) for tensor in tensors.values())
+        kept = self.count_kept()
         whole = kept + self.unpruned
         rows.append(("pruned tensors", f"{self.weights:,}", f"{kept:,}", f"{kept / max(self.weights, 1):.2%}", ""))
         rows.append(

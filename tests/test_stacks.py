@@ -71,12 +71,11 @@ def batches():
     return {"image": images, "label": np.argmax(images[..., :4] + images[..., 4:8], -1).astype(np.int32)}
 
 
-def train(module, params, pruner, steps=STEPS):
+def train(module, params, pruner):
     optimizer = optax.sgd(0.05, momentum=0.9)
     step = make_train_step(linen_apply(module), optimizer, pruner, cross_entropy())
     state = create_state(params, {}, optimizer, pruner, jax.random.key(0))
-    some = jax.tree.map(lambda x: x[:steps], batches())
-    return jax.jit(lambda state: jax.lax.scan(lambda s, b: (step(s, b), None), state, some)[0])(state)
+    return jax.jit(lambda state: jax.lax.scan(lambda s, b: (step(s, b), None), state, batches())[0])(state)
 
 
 def to_target(plan):
