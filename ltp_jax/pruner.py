@@ -1,5 +1,6 @@
 """Pruning while training: what a training step needs of a method, and LTP as such a method."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -103,9 +104,12 @@ def learned_thresholds(
       exact_gradient: see ``ltp_jax.soft_prune``.
       l0_to_weights: see ``ltp_jax.l0``.
       costs: see ``ltp_jax.l0``.
+
+    Raises:
+      ValueError: if a tensor that is pruned has no cost, or one that is not positive.
     """
-    sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
-    total = sum(size * (1 if costs is None else costs[path]) for path, size in sizes.items()) or 1
+    unit = unit_costs(plan, costs)
+    total = sum(unit[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune) or 1
 
     def init(params):
         prune = transform.init(params, plan, t0)
@@ -118,7 +122,7 @@ def learned_thresholds(
             exact_gradient=exact_gradient,
             l0_to_weights=l0_to_weights,
         )
-        return pruned, jnp.asarray(penalty(step)) * transform.total_cost(counts, costs) / total
+        return pruned, jnp.asarray(penalty(step)) * transform.total_cost(counts, unit) / total
 
     def update(grads, old_params, params, state, step):
         params = project(params, old_params, state.thresholds, fixed=False)
@@ -127,6 +131,19 @@ def learned_thresholds(
         return params, jax.tree.map(lambda new, old: jnp.where(step < learn_steps, new, old), learned, state)
 
     return Pruner(init, soften, update, lambda params, state: transform.hard_prune(params, state.prune))
+
+
+def unit_costs(plan: Plan, costs: Mapping[str, float] | None) -> dict[str, float]:
+    """What a weight of each tensor that is pruned costs, by path: one if nothing is said.
+
+    Raises:
+      ValueError: if one of them has no cost, or one that is not positive.
+    """
+    unit = {path: 1.0 if costs is None else float(costs.get(path, math.nan)) for path in plan.paths}
+    for path, cost in unit.items():
+        if not 0 < cost < math.inf:
+            raise ValueError(f"{path} has a cost of {cost}; accepted is a positive number for each that is pruned")
+    return unit
 
 
 def step_thresholds(

@@ -35,7 +35,7 @@ class Rule:
     def __post_init__(self):
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}") from error
         if not isinstance(self.stack_axes, tuple) or not all(type(axis) is int for axis in self.stack_axes):
             raise TypeError(f"stack_axes is {self.stack_axes!r}; accepted is a tuple of axes, such as (0,)")

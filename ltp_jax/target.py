@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
-from ltp_jax.pruner import Pruner, finite_or_zero, project
+from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
 from ltp_jax.selection import Params, Plan, named_leaves
 from ltp_jax.transform import PruneState, Scalars
 
@@ -121,10 +121,7 @@ def target_density(
     sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
     if not sizes:
         raise ValueError("the plan prunes no tensor: there is nothing to bring to a target")
-    unit = {path: 1.0 if costs is None else float(costs.get(path, math.nan)) for path in sizes}
-    if wrong := {path: cost for path, cost in unit.items() if not 0 < cost < math.inf}:
-        path, cost = next(iter(wrong.items()))
-        raise ValueError(f"{path} has a cost of {cost}; accepted is a positive number for each tensor that is pruned")
+    unit = unit_costs(plan, costs)
     total = sum(unit[path] * size for path, size in sizes.items())
     shares = {path: cost / total for path, cost in unit.items()}
     layers = {tensor.path: tensor.layers for tensor in plan.tensors if tensor.prune}
@@ -317,8 +314,8 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
     Each is moved half way to the smallest weight that it keeps: it would else be the size of a weight, whose soft mask
-    would be a half where its hard mask is zero. Weights of exactly one size are kept or pruned together: where
-    there are many of them fewer weights are left, and more if they are the largest of a layer, which keeps one of them.
+    would be a half where its hard mask is zero. Weights of exactly one size are kept or pruned together, so that where
+    there are many of them fewer weights are left; the largest of a layer are always kept.
 
     Args:
       params: the parameters.
@@ -326,7 +323,8 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
       density: share of the total cost that is left, in (0, 1].
       shares: the cost of one weight of each tensor over that of all weights, by path.
     """
-    thresholds = keep_one(params, scaled_thresholds(solve_scale(params, offsets, density, shares), offsets))
+    scale = solve_scale(params, offsets, density, shares)
+    thresholds = keep_one(scaled_thresholds(scale, offsets), largest_squares(params, offsets))
     leaves = dict(named_leaves(params))
 
     def between(w: jax.Array, tau: jax.Array) -> jax.Array:
@@ -338,29 +336,35 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
     return {path: between(leaves[path], tau) for path, tau in thresholds.items()}
 
 
-def keep_one(params: Params, thresholds: Scalars) -> Scalars:
-    """The thresholds by path, lowered where a layer would be left without a weight: it keeps its largest."""
+def keep_one(thresholds: Scalars, largest: Scalars) -> Scalars:
+    """The thresholds by path, lowered where a layer would be left without a weight: it keeps its largest.
+
+    Args:
+      thresholds: ``τ`` by path.
+      largest: ``w²`` of the largest weight of each layer, by path.
+    """
+    return {path: jnp.minimum(tau, jnp.nextafter(largest[path], jnp.float32(0))) for path, tau in thresholds.items()}
+
+
+def largest_squares(params: Params, thresholds: Scalars) -> Scalars:
+    """``w²`` of the largest weight of each layer, by path. Of the thresholds only the shapes are looked at."""
     leaves = dict(named_leaves(params))
-
-    def capped(path: str, tau: jax.Array) -> jax.Array:
-        largest = method.over_layers(jnp.max, jnp.square(leaves[path].astype(jnp.float32)), tau.shape)
-        return jnp.minimum(tau, jnp.nextafter(largest, jnp.float32(0)))
-
-    return {path: capped(path, tau) for path, tau in thresholds.items()}
+    squares = {path: jnp.square(leaves[path].astype(jnp.float32)) for path in thresholds}
+    return {path: method.over_layers(jnp.max, squares[path], tau.shape) for path, tau in thresholds.items()}
 
 
 def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> jax.Array:
-    """The smallest ``m`` under whose thresholds no more than a density is left. A layer counts at least one weight.
+    """The smallest ``m`` that leaves no more than a density, where each layer keeps its largest weight.
 
     It is found by halving the range of the positive float32 numbers, whose order is that of their bits: 31 counts of
     the weights settle it to the last bit, without a sort, a copy, or a gathering of weights that lie on many devices.
     Arguments as for ``exact_thresholds``.
     """
-    leaves = dict(named_leaves(params))
+    leaves, largest = dict(named_leaves(params)), largest_squares(params, offsets)
 
     def left(scale: jax.Array) -> jax.Array:
-        thresholds = scaled_thresholds(scale, offsets)
-        counts = {path: jnp.maximum(_counts(leaves[path], (tau,))[0][0], 1) for path, tau in thresholds.items()}
+        thresholds = keep_one(scaled_thresholds(scale, offsets), largest)
+        counts = {path: _counts(leaves[path], (tau,))[0][0] for path, tau in thresholds.items()}
         return transform.total_cost(counts, shares)
 
     return _smallest_float(lambda scale: left(scale) <= density * (1 + 1e-6))

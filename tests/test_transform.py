@@ -1,5 +1,6 @@
 """The selection and the verbs over pytrees: Linen, NNX, and any other."""
 
+import re
 import warnings
 
 import chex
@@ -84,9 +85,10 @@ def test_two_tensors_with_one_path_are_refused():
         ltp.plan({"a/b": {"kernel": jnp.ones((2, 2))}, "a": {"b": {"kernel": jnp.ones((2, 2))}}})
 
 
-def test_broken_pattern_is_refused():
-    with pytest.raises(ValueError, match=r"'head\(' is not a regular expression"):
-        ltp.Rule("head(")
+@pytest.mark.parametrize("pattern", ["head(", 3, None])
+def test_broken_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match=rf"{re.escape(repr(pattern))} is not a regular expression"):
+        ltp.Rule(pattern)
 
 
 @pytest.mark.parametrize("axes", [0, [0], (0.0,), (True,), (None,)])

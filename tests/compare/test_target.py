@@ -111,6 +111,17 @@ def test_exact_thresholds_compare_weights_in_units_of_their_layers_scale():
     np.testing.assert_array_equal(hard["b"]["kernel"], [-5, 6, -7, 8])
 
 
+def test_exact_thresholds_count_all_of_the_largest_weights_of_one_size():
+    # The weights of a count as 0.1 to 0.4, and the largest of a layer stay: both of 4. Five of eight leave room for 6,
+    # 7 and 8, not for 5.
+    params = TOY | {"a": {"kernel": jnp.array([1.0, 2, 4, -4])}}
+    offsets = ZERO | {"a/kernel": jnp.log(10.0)}
+    tau = target.exact_thresholds(params, offsets, 5 / 8, dict.fromkeys(ZERO, 1 / 8))
+    hard = ltp.hard_prune(params, ltp.PruneState(tau, {}))
+    np.testing.assert_array_equal(hard["a"]["kernel"], [0, 0, 4, -4])
+    np.testing.assert_array_equal(hard["b"]["kernel"], [0, 6, -7, 8])
+
+
 def test_exact_thresholds_meet_a_budget_of_costs():
     # A weight of a costs 3, one of b costs 1, all 16. Half of it, 8, buys 5, 6, 7, 8 and 4: 7; with 3 it were 10.
     costs = {"a/kernel": 3 / 16, "b/kernel": 1 / 16}
@@ -473,8 +484,11 @@ def test_refusals(density, prune_steps, select_steps, message):
     "costs", [{}, {"one/kernel": 1.0, "two/kernel": 0.0, "head/kernel": 1.0}, {"one/kernel": math.inf}]
 )
 def test_costs_that_are_none_are_refused(costs):
-    with pytest.raises(ValueError, match=r"kernel has a cost of .*; accepted is a positive number"):
-        target.target_density(ltp.plan(initial_params()), 0.5, prune_steps=1, select_steps=2, costs=costs)
+    plan, refused = ltp.plan(initial_params()), r"kernel has a cost of .*; accepted is a positive number"
+    with pytest.raises(ValueError, match=refused):
+        target.target_density(plan, 0.5, prune_steps=1, select_steps=2, costs=costs)
+    with pytest.raises(ValueError, match=refused):
+        pruners.learned_thresholds(plan, lambda step: 1.0, optax.sgd(0.1), learn_steps=1, costs=costs)
 
 
 def test_a_plan_that_prunes_nothing_is_refused():
