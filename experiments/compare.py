@@ -349,7 +349,7 @@ def search_decay(
         tried = {cell["trial"]["weight_decay"]: cell for cell in same}
         own = sorted(tried.values(), key=distance)
         found = decay_for(compression, trial, own, tuned)
-        enough = len(compare_report.select(own, compression=compression)) == 5 or found.weight_decay in tried
+        enough = len(compare_report.select(own, compression=compression)) >= 5 or found.weight_decay in tried
         if own and (enough or distance(own[0]) < math.log(1.05)):
             write_json(path, own[0] | {"compression": compression})
             return Trial(**own[0]["trial"])

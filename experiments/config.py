@@ -218,6 +218,10 @@ class Config:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
+        for flag, path in (("--workdir", self.workdir), ("--dense", self.dense)):
+            # As a path, gs://bucket/run is a folder named gs: in the current one.
+            is_local = re.match("[a-z][a-z0-9]+:/", str(path)) is None
+            require(is_local, flag, path, "a directory of this machine, such as one at which a bucket is mounted")
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()

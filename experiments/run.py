@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
 import os
@@ -38,11 +39,6 @@ from ltp_jax.training import (
     make_train_step,
     zero_totals,
 )
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 LOG_EVERY = 50  # steps between two looks at the loss, which cost a wait for the device
 
@@ -104,7 +100,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     """Keeps other runs out of a directory, which is made if it is not there, until this is left or the process ends.
 
     Raises:
-      RunError: if another run is in it. Where the system or its files have no locks, nobody is kept out.
+      RunError: if another run is in it. Where the file system has no locks, nobody is kept out.
       ConfigError: if it is a file.
     """
     if directory.exists() and not directory.is_dir():
@@ -112,9 +108,6 @@ def only_writer(directory: Path) -> Iterator[None]:
             f"--workdir is {directory}, which is a file; accepted is a directory, or a name for a new one"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:

@@ -256,5 +256,12 @@ def _iterate(batches: grain.MapDataset, workers: int, damage: _Damage) -> Iterat
         for raw in iterator:
             damage.report(raw["unreadable"])
             yield raw["batch"]
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise DataError(
+            f"a worker that reads images is gone ({error}): -7 says that /dev/shm is full, as in a container started "
+            "without --shm-size, -9 that memory was; give it more of that, or run with fewer --workers"
+        ) from error
     finally:
         iterator.close()

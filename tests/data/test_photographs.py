@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -93,6 +94,16 @@ def test_an_error_in_a_worker_process_arrives_as_it_is(make_dataset, photos, tmp
     dataset = photographs("tiny", str(tmp_path), image_size=16, max_unreadable=3, workers=1)
     with pytest.raises(data.DataError, match="More than 3 images of tiny/train cannot be read"):
         next(dataset.train(4, seed=0))
+
+
+def test_a_worker_process_that_is_killed_is_one_message(make_dataset, photos, tmp_path):
+    make_dataset("tiny", {"train": photos, "test": photos})
+    batches = photographs("tiny", str(tmp_path), image_size=16, workers=1).train(4, seed=0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(data.DataError, match=r"a worker that reads images is gone .*exit code -9"):
+        take(batches, 100)
 
 
 def test_training_replaces_an_unreadable_image_by_its_readable_neighbour(make_dataset, photos, tmp_path):
