@@ -148,8 +148,8 @@ def target_density(
         offsets = lamp_offsets(params, prune.thresholds, density, shares)
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
         # said of the weights that are not zero already: no threshold can leave more than those.
-        present = measure(params, prune.thresholds, shares).present
-        scale = solve_scale(params, offsets, present * planned(1), shares)
+        measured = measure(params, prune.thresholds, shares)
+        scale = solve_scale(params, offsets, measured.largest, measured.present * planned(1), shares)
         return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
 
     def soften(params, thresholds, state, step):
@@ -323,9 +323,10 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
       density: share of the total cost that is left, in (0, 1].
       shares: the cost of one weight of each tensor over that of all weights, by path.
     """
-    scale = solve_scale(params, offsets, density, shares)
-    thresholds = keep_one(scaled_thresholds(scale, offsets), largest_squares(params, offsets))
     leaves = dict(named_leaves(params))
+    largest = {path: _counts(leaves[path], (a,))[1] for path, a in offsets.items()}
+    scale = solve_scale(params, offsets, largest, density, shares)
+    thresholds = keep_one(scaled_thresholds(scale, offsets), largest)
 
     def between(w: jax.Array, tau: jax.Array) -> jax.Array:
         squares = jnp.where(method.hard_mask(w, tau), jnp.square(w.astype(jnp.float32)), jnp.inf)
@@ -346,21 +347,16 @@ def keep_one(thresholds: Scalars, largest: Scalars) -> Scalars:
     return {path: jnp.minimum(tau, jnp.nextafter(largest[path], jnp.float32(0))) for path, tau in thresholds.items()}
 
 
-def largest_squares(params: Params, thresholds: Scalars) -> Scalars:
-    """``w²`` of the largest weight of each layer, by path. Of the thresholds only the shapes are looked at."""
-    leaves = dict(named_leaves(params))
-    squares = {path: jnp.square(leaves[path].astype(jnp.float32)) for path in thresholds}
-    return {path: method.over_layers(jnp.max, squares[path], tau.shape) for path, tau in thresholds.items()}
-
-
-def solve_scale(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> jax.Array:
+def solve_scale(
+    params: Params, offsets: Scalars, largest: Scalars, density: ArrayLike, shares: Mapping[str, float]
+) -> jax.Array:
     """The smallest ``m`` that leaves no more than a density, where each layer keeps its largest weight.
 
     It is found by halving the range of the positive float32 numbers, whose order is that of their bits: 31 counts of
     the weights settle it to the last bit, without a sort, a copy, or a gathering of weights that lie on many devices.
-    Arguments as for ``exact_thresholds``.
+    Arguments as for ``exact_thresholds`` and ``keep_one``.
     """
-    leaves, largest = dict(named_leaves(params)), largest_squares(params, offsets)
+    leaves = dict(named_leaves(params))
 
     def left(scale: jax.Array) -> jax.Array:
         thresholds = keep_one(scaled_thresholds(scale, offsets), largest)

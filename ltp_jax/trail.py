@@ -71,8 +71,8 @@ class Entry:
             it with ``jax.jit(ltp_jax.summarize, out_shardings=...)``, replicated.
           **figures: what else an entry has to have: epoch, step, and the accuracy of the network.
         """
-        tensors = jax.device_get(summary.tensors).items()
-        kept = summary.count_kept()
+        summary = jax.device_get(summary)
+        tensors, kept = summary.tensors.items(), summary.count_kept()
         return cls(
             compression=summary.weights / max(kept, 1) if summary.weights else 1.0,
             density=kept / max(summary.weights, 1),

@@ -247,13 +247,13 @@ class Summary(flax.struct.PyTreeNode):
         return float(self.parameters) / (self.kept.astype(jnp.float32) + float(self.unpruned))
 
     def __str__(self) -> str:
-        tensors = jax.device_get(self.tensors)
+        summary = jax.device_get(self)
         rows = [
             (layer, f"{t.weights:,}", f"{int(kept):,}", f"{int(kept) / t.weights:.2%}", f"{float(threshold):.3e}")
-            for path, t in tensors.items()
+            for path, t in summary.tensors.items()
             for (layer, kept), threshold in zip(each_layer(path, t.kept), np.ravel(t.threshold), strict=True)
         ]
-        kept = self.count_kept()
+        kept = summary.count_kept()
         whole = kept + self.unpruned
         rows.append(("pruned tensors", f"{self.weights:,}", f"{kept:,}", f"{kept / max(self.weights, 1):.2%}", ""))
         rows.append(
