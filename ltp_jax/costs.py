@@ -33,20 +33,27 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
       ValueError: if a selected tensor is no such kernel, or is not used in this call; if the features of its module's
         output are not its last axis; if it is of ``nn.ConvTranspose``, ``nn.ConvLocal``, ``nn.Einsum`` or a
         ``nn.DenseGeneral`` with batch axes; or if its module is called within ``nn.scan``, ``nn.vmap``, ``nn.remat`` or
-        another transform.
+        another transform, or by another method than ``__call__``.
     """
     uses: dict[str, float] = {}
     outermost = None
+    running: set[tuple[str, ...]] = set()
 
     def watch(next_method, args, method_kwargs, context):
+        module = context.module
+        # What a module calls of its own, such as the ``__call__`` that it extends, is part of one use of its weights.
+        if context.method_name == "setup" or module.path in running:
+            return next_method(*args, **method_kwargs)
+        running.add(module.path)
         output = next_method(*args, **method_kwargs)
-        if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
-            kernel = nn.meta.unbox(context.module.get_variable("params", "kernel"))
-            path = "/".join((*context.module.path, "kernel"))
+        running.remove(module.path)
+        if module.has_variable("params", "kernel"):
+            kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
+            path = "/".join((*module.path, "kernel"))
             # A module that is called several times uses its weights as often; how often a transform calls it is not
             # known here. One call that cannot be counted leaves the sum unknown.
-            within = get_opaque_trace_state(convention="flax") != outermost
-            uses[path] = uses.get(path, 0) + (math.nan if within else _positions(context.module, kernel, output))
+            known = context.method_name == "__call__" and get_opaque_trace_state(convention="flax") == outermost
+            uses[path] = uses.get(path, 0) + (_positions(module, kernel, output) if known else math.nan)
         return output
 
     def trace(variables, x):
@@ -61,8 +68,8 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     if missing := [path for path in plan.paths if math.isnan(uses.get(path, math.nan))]:
         raise ValueError(
             f"the uses of {', '.join(missing)} are not known: counted are tensors named 'kernel' of dense layers and "
-            "convolutions that the network calls, neither transposed nor local, outside of nn.scan, nn.vmap and "
-            "nn.remat; give their costs yourself, or leave them out by a rule"
+            "convolutions that the network calls, neither transposed nor local, by no other method, and outside of "
+            "nn.scan, nn.vmap and nn.remat; give their costs yourself, or leave them out by a rule"
         )
     return {path: uses[path] for path in plan.paths}
 

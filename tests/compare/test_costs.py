@@ -136,3 +136,41 @@ def test_a_tensor_whose_uses_cannot_be_counted_is_named():
     plan, images = plan_of(Odd(), (2, 3))
     with pytest.raises(ValueError, match="the uses of kernel are not known"):
         uses_per_input(Odd(), images, plan, train=False)
+
+
+def test_a_layer_that_extends_another_is_called_once():
+    class Standardised(nn.Conv):
+        @nn.compact
+        def __call__(self, inputs):
+            return super().__call__(inputs) / 2
+
+    plan, images = plan_of(Inside(Standardised(3, (2, 2))), (2, 4, 4, 3))
+    assert uses_per_input(Inside(Standardised(3, (2, 2))), images, plan, train=False) == {"layer/kernel": 16}
+
+
+def test_a_kernel_that_another_method_uses_is_not_counted():
+    class Tied(nn.Module):
+        def setup(self):
+            self.kernel = self.param("kernel", nn.initializers.ones, (3, 4))
+
+        def __call__(self, x):
+            return self.project(x)
+
+        def project(self, x):
+            return x @ self.kernel
+
+        def back(self, x):
+            return x @ self.kernel.T
+
+    class Autoencoder(nn.Module):
+        back: bool
+
+        @nn.compact
+        def __call__(self, x, train):
+            tied = Tied(name="tied")
+            return tied.back(tied(x)) if self.back else tied(x)
+
+    plan, images = plan_of(Autoencoder(False), (2, 3))
+    assert uses_per_input(Autoencoder(False), images, plan, train=False) == {"tied/kernel": 1}
+    with pytest.raises(ValueError, match="the uses of tied/kernel are not known"):
+        uses_per_input(Autoencoder(True), images, plan, train=False)
