@@ -7,6 +7,7 @@ Checkpoints are Orbax's. An entry of the trail is a directory ``<epoch>`` that h
 import dataclasses
 import json
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,7 +109,7 @@ class Trail:
     """
 
     def __init__(self, path: str | Path, *, create: bool = False):
-        path = Path(path).absolute()
+        path = _absolute(path)
         if (path / "trail").is_dir():
             path = path / "trail"
         if not path.is_dir() and not create:
@@ -252,7 +253,7 @@ class Resume:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).absolute()
+        self.path = _absolute(path)
         self._manager = _manager(self.path, max_to_keep=2)
 
     def save(self, step: int, state: Any) -> None:
@@ -308,8 +309,9 @@ class Resume:
 
 def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
     """Writes one network, in the form that entries of a trail have; returns when it is on disk."""
-    with _writing(Path(path)), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), _plain(params, batch_stats), force=True)
+    path = _absolute(path)
+    with _writing(path), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, _plain(params, batch_stats), force=True)
 
 
 def _plain(params: Any, batch_stats: Any) -> dict[str, Any]:
@@ -327,7 +329,7 @@ def restore_network(path: str | Path) -> dict[str, Any]:
     Raises:
       TrailError: if there is none, or it is broken.
     """
-    path = Path(path).absolute()
+    path = _absolute(path)
     if not path.is_dir():
         raise TrailError(f"there is no network in {path}")
     try:
@@ -345,6 +347,13 @@ def restore_network(path: str | Path) -> dict[str, Any]:
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
     except Exception as error:  # Orbax raises what its parts raise
         raise TrailError(f"the network in {path} cannot be read: {_first_line(error)}") from error
+
+
+def _absolute(path: str | Path) -> Path:
+    """Raises TrailError for an address, which as a path is a folder of that name in the current one."""
+    if re.match("[a-z][a-z0-9]+:/", str(path)):
+        raise TrailError(f"{path} is no path of a file system; accepted is one, such as that of a mounted bucket")
+    return Path(path).absolute()
 
 
 def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -100,6 +101,29 @@ def test_pareto_set(path):
 )
 def test_pick(path, request_, epoch):
     assert Trail(path).pick(**request_).epoch == epoch
+
+
+def test_of_equals_the_better_one_is_picked(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    for e in (ENTRIES[0], entry(1, 9.0, 88.0), entry(2, 9.0, 89.0), entry(3, 8.0, 89.0)):
+        trail.save(e, PARAMS, STATS)
+    assert trail.pick(max_top1_drop=5).epoch == 2  # as sparse as 1, and more accurate
+    assert trail.pick(min_compression=5).epoch == 2  # as accurate as 3, and sparser
+    trail.close()
+
+
+def test_an_address_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for opened in (
+        lambda: Trail("gs://bucket/run", create=True),
+        lambda: Trail(Path("gs://bucket/run")),
+        lambda: Resume("gs://bucket/run"),
+        lambda: save_network("s3://bucket/network", PARAMS, STATS),
+        lambda: restore_network("s3://bucket/network"),
+    ):
+        with pytest.raises(TrailError, match=r"(gs|s3)://?bucket.* is no path of a file system; accepted is one"):
+            opened()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
