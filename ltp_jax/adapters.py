@@ -39,7 +39,8 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
     """An NNX module split by ``graphdef, params, rest = nnx.split(model, nnx.Param, ...)``.
 
     ``rest`` takes the place of the batch statistics: all the network's state that is not a parameter. ``train``
-    switches the module between ``train()`` and ``eval()``, and the key reseeds all its random streams.
+    switches the module between ``train()`` and ``eval()``, and the key reseeds all its random streams. What it sows,
+    ``nnx.Intermediate``, is dropped.
     """
 
     def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
@@ -55,6 +56,7 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
         else:
             model.eval()
         logits = model(preprocess(images))
+        nnx.pop(model, nnx.Intermediate)  # the graph definition does not know of it
         return logits, nnx.split(model, nnx.Param, ...)[2]
 
     return apply

@@ -14,7 +14,7 @@ from ltp_jax.selection import Params
 Batch = Mapping[str, jax.Array]
 """``image`` [b, ...], ``label`` int32 [b] and, where evaluation has padding, ``mask`` bool [b] that is False for it.
 
-Training takes labels of other shapes, such as one a pixel, if the logits have that shape and an axis of classes.
+Labels and mask may have other shapes, such as one a pixel, if the logits have that shape and an axis of classes.
 """
 
 
@@ -57,14 +57,15 @@ def create_state(
     params: Params, batch_stats: Any, optimizer: optax.GradientTransformation, pruner: Pruner, key: jax.Array
 ) -> TrainState:
     """The state of a run that has not begun. Its arrays are its own: a step may donate them."""
-    # The state of an optimizer may begin with the very arrays of the parameters.
+    # The state of an optimizer may begin with the very arrays of the parameters, and that of thresholds with theirs.
     own = jax.tree.map(jnp.copy, (params, batch_stats, optimizer.init(params), key))
     params, batch_stats, optimizer_state, key = own
+    pruning = jax.tree.map(jnp.copy, pruner.init(params))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        pruning=pruner.init(params),
+        pruning=pruning,
         optimizer=optimizer_state,
         key=key,
         totals=zero_totals(),
@@ -98,6 +99,9 @@ def make_train_step(
         decay one.
       pruner: the pruning method, which updates its own thresholds.
       loss: what is minimised, together with the method's penalty.
+
+    Raises:
+      ValueError: from the step, if the labels are not of the logits' shape without its last axis.
     """
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
@@ -106,6 +110,7 @@ def make_train_step(
         def objective(params, thresholds):
             pruned, penalty = pruner.soften(params, thresholds, state.pruning, state.step)
             logits, batch_stats = apply(pruned, state.batch_stats, batch["image"], train=True, key=key)
+            _check_shape(logits, batch, "label")
             task = loss(logits, batch)
             # Of the penalty only the gradient is used: its value would cost a pass over all weights in every step.
             return task + penalty, (task, logits, batch_stats)
@@ -137,21 +142,33 @@ def make_train_step(
 def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax.Array]]:
     """Counts of one batch: float32 sums ``top1``, ``top5``, ``loss`` and ``examples``, over rows that are no padding.
 
-    With fewer than six classes every example counts in ``top5``.
+    With fewer than six classes every example counts in ``top5``. The step raises ValueError as that of training does,
+    also for the mask.
     """
 
     def eval_step(params: Params, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
         logits, _ = apply(params, batch_stats, batch["image"], train=False, key=None)
-        real = batch.get("mask", jnp.ones(batch["label"].shape, bool))
-        mask = real.astype(jnp.float32)
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == batch["label"][:, None]
+        for name in ("label", "mask") if "mask" in batch else ("label",):
+            _check_shape(logits, batch, name)
+        logits = logits.astype(jnp.float32)  # a sum of many losses in half precision is percents off
+        real = jnp.asarray(batch.get("mask", jnp.ones(batch["label"].shape)), bool)
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == batch["label"][..., None]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return {
-            "top1": jnp.sum(mask * best[:, 0]),
-            "top5": jnp.sum(mask * jnp.any(best, axis=-1)),
+            "top1": jnp.sum(real & best[..., 0], dtype=jnp.float32),
+            "top5": jnp.sum(real & jnp.any(best, axis=-1), dtype=jnp.float32),
             # Not mask · loss: what a network makes of padding may be infinite.
             "loss": jnp.sum(jnp.where(real, losses, 0.0)),
-            "examples": jnp.sum(mask),
+            "examples": jnp.sum(real, dtype=jnp.float32),
         }
 
     return eval_step
+
+
+def _check_shape(logits: jax.Array, batch: Batch, name: str) -> None:
+    """Raises ValueError for labels, or a mask, that would be broadcast against the logits and make them all wrong."""
+    if (shape := jnp.shape(batch[name])) != logits.shape[:-1]:
+        raise ValueError(
+            f"the batch has {name} of shape {shape}, the network gives logits of shape {logits.shape}; "
+            f"accepted is {name} of shape {logits.shape[:-1]}"
+        )

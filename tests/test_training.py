@@ -13,6 +13,7 @@ from flax.core import freeze
 import ltp_jax as ltp
 from ltp_jax import pruner as pruners
 from ltp_jax.adapters import linen_apply, nnx_apply
+from ltp_jax.target import target_density
 from ltp_jax.training import create_state, cross_entropy, make_eval_step, make_train_step
 
 # Four weights with |w| = 1, 1, 3, 3: Var(|w|) = 1, so T = t0 and r = √τ.
@@ -185,14 +186,20 @@ def test_an_optimizer_may_begin_with_the_very_weights(variables):
     assert after.step == 1
 
 
-def test_a_label_for_each_position(variables):
+def test_an_optimizer_of_thresholds_may_begin_with_the_very_ones(variables):
+    step, state, _ = make(variables["params"], thresholds=optax.contrib.prodigy(), batch_stats=variables["batch_stats"])
+    after = jax.jit(step, donate_argnums=0)(state, networks.batch())
+    assert after.step == 1
+
+
+def product(params, batch_stats, images, *, train, key):
+    return images @ params["kernel"], batch_stats
+
+
+def test_a_label_for_each_position():
     """As in segmentation: the same images and labels count alike, as rows of a batch or as positions of an image."""
-
-    def apply(params, batch_stats, images, *, train, key):
-        return images @ params["kernel"], batch_stats
-
     params, pruner, optimizer = {"kernel": jnp.eye(3, 5) + 0.1}, pruners.dense(), optax.sgd(0.1)
-    step = jax.jit(make_train_step(apply, optimizer, pruner, cross_entropy()))
+    step = jax.jit(make_train_step(product, optimizer, pruner, cross_entropy()))
     rng = np.random.default_rng(0)
     batch = {"image": rng.normal(size=(24, 3)), "label": rng.integers(0, 5, 24)}
     pixels = {"image": batch["image"].reshape(2, 3, 4, 3), "label": batch["label"].reshape(2, 3, 4)}
@@ -200,6 +207,92 @@ def test_a_label_for_each_position(variables):
     rows, positions = step(state, batch), step(state, pixels)
     chex.assert_trees_all_close((rows.params, rows.totals), (positions.params, positions.totals), rtol=1e-5)
     assert positions.totals["examples"] == 24
+    evaluate, real = make_eval_step(product), rng.random(24) < 0.5
+    counted = evaluate(params, {}, batch | {"mask": real})
+    chex.assert_trees_all_close(evaluate(params, {}, pixels | {"mask": real.reshape(2, 3, 4)}), counted, rtol=1e-5)
+    assert counted["examples"] == real.sum()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("label", (24, 1)), ("label", ()), ("mask", (24, 1)), ("mask", (1,))])
+def test_labels_that_would_be_broadcast_are_refused(name, shape):
+    params, pruner, optimizer = {"kernel": jnp.eye(3, 5) + 0.1}, pruners.dense(), optax.sgd(0.1)
+    step = make_train_step(product, optimizer, pruner, cross_entropy())
+    batch = {"image": np.zeros((24, 3)), "label": np.zeros(24, int), "mask": np.ones(24, bool)}
+    batch[name] = np.ones(shape, batch[name].dtype)
+    refused = rf"the batch has {name} of shape .*, the network gives logits of shape \(24, 5\); accepted is .*\(24,\)"
+    with pytest.raises(ValueError, match=refused):
+        make_eval_step(product)(params, {}, batch)
+    if name == "label":
+        with pytest.raises(ValueError, match=refused):
+            step(create_state(params, {}, optimizer, pruner, jax.random.key(0)), batch)
+
+
+def test_each_step_has_a_dropout_of_its_own():
+    """Of a network that gives what it drew, in the bias that it trains: the draws of two steps from one state."""
+
+    def apply(params, batch_stats, images, *, train, key):
+        return jnp.zeros((4, 5)) + params["bias"], {"drawn": jax.random.uniform(key, (3,))}
+
+    pruner, optimizer = pruners.dense(), optax.sgd(0.1)
+    step = jax.jit(make_train_step(apply, optimizer, pruner, cross_entropy()))
+    batch = {"image": np.zeros((4, 3)), "label": np.zeros(4, int)}
+    states = [create_state({"bias": jnp.zeros(5)}, {"drawn": jnp.zeros(3)}, optimizer, pruner, jax.random.key(0))]
+    for _ in range(3):
+        states.append(step(states[-1], batch))
+    draws = {tuple(np.asarray(state.batch_stats["drawn"])) for state in states[1:]}
+    assert len(draws) == 3
+    again = step(states[1], batch)
+    np.testing.assert_array_equal(again.batch_stats["drawn"], states[2].batch_stats["drawn"])
+
+
+class Sowing(nnx.Module):
+    """As networks do that show what is within them."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.dense(x))
+        self.sow(nnx.Intermediate, "seen", x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_an_nnx_network_that_sows_is_trained():
+    graphdef, params, rest = nnx.split(Sowing(nnx.Rngs(0)), nnx.Param, ...)
+    pruner, optimizer, apply = pruners.dense(), optax.sgd(0.1), nnx_apply(graphdef)
+    step = jax.jit(chex.assert_max_traces(make_train_step(apply, optimizer, pruner, cross_entropy()), n=1))
+    state = create_state(params, rest, optimizer, pruner, jax.random.key(0))
+    for _ in range(3):
+        state = step(state, {"image": jnp.ones((4, 3)), "label": jnp.zeros(4, jnp.int32)})
+    assert state.step == 3
+    apply(state.params, state.batch_stats, jnp.ones((4, 3)), train=False, key=None)
+
+
+@pytest.mark.parametrize("to_target", [False, True])
+def test_strict_promotion_of_dtypes(variables, to_target):
+    """Whoever has JAX refuse a bfloat16 with a float32 can train, count and evaluate."""
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), variables["params"])
+    with jax.numpy_dtype_promotion("strict"):
+        params, plan = variables["params"], ltp.plan(variables["params"])
+        if to_target:
+            sgd = optax.sgd(1e-3)  # Adam, the default, promotes
+            pruner = target_density(plan, 0.3, prune_steps=2, select_steps=3, leak=0.3, optimizer=sgd)
+        else:
+            pruner = pruners.learned_thresholds(plan, lambda step: jnp.float32(1), optax.sgd(0.1), learn_steps=2)
+        apply, optimizer = linen_apply(networks.LinenNet()), optax.sgd(0.1)
+        step = jax.jit(make_train_step(apply, optimizer, pruner, cross_entropy()))
+        state = create_state(params, variables["batch_stats"], optimizer, pruner, jax.random.key(0))
+        for i in range(4):
+            state = step(state, networks.batch(seed=i))
+        make_eval_step(apply)(pruner.harden(state.params, state.pruning), state.batch_stats, networks.batch())
+        assert "compression" in str(ltp.summarize(state.params, state.pruning.prune))
+        of_half = ltp.init(half, plan)
+        for verb in (ltp.soft_prune, ltp.hard_prune, ltp.l0):
+            jax.grad(lambda p, verb=verb: sum(map(jnp.sum, jax.tree.leaves(verb(p, of_half)))))(half)
+        summary = ltp.summarize(half, of_half)
+        assert (float(summary.density), float(summary.compression)) == (1, 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -231,7 +324,6 @@ def test_jit_and_no_jit_agree(variables):
 
 def test_linen_and_nnx_train_alike(variables):
     model = networks.NnxNet(nnx.Rngs(0))
-    nnx.update(model, nnx.State({}))
     params = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(params, variables["params"])
     nnx.update(model, params)
@@ -353,6 +445,15 @@ def test_the_loss_is_float32_for_half_precision():
     loss = cross_entropy()(logits, {"label": jnp.array([1])})
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, np.log(1 + np.e + np.e**3) - 1, rtol=0.01)  # the logarithms are of half precision
+
+
+def test_evaluation_of_half_precision_adds_in_float32():
+    """A sum of 10,000 losses in bfloat16 stops where one of them is less than half its last digit."""
+    logits = jnp.tile(jnp.array([[0.0, 1.0, 3.0]], jnp.bfloat16), (10_000, 1))
+    batch = {"image": jnp.zeros((10_000, 1)), "label": jnp.ones(10_000, jnp.int32)}
+    counts = fixed_logits(logits)({}, {}, batch)
+    assert {value.dtype for value in counts.values()} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(counts["loss"] / counts["examples"], np.log(1 + np.e + np.e**3) - 1, rtol=1e-5)
 
 
 def test_label_smoothing_by_hand():
