@@ -115,7 +115,7 @@ def soft_threshold(
 def _soft_threshold(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
     del leak, exact_gradient, l0_to_weights
     s = soft_mask(w, threshold, temperature)
-    return (w * s).astype(w.dtype), _sum(s, threshold.shape)
+    return (w.astype(jnp.float32) * s).astype(w.dtype), _sum(s, threshold.shape)
 
 
 def _soft_threshold_fwd(w, threshold, temperature, leak, exact_gradient, l0_to_weights):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -106,8 +107,11 @@ def learned_thresholds(
       costs: see ``ltp_jax.l0``.
 
     Raises:
+      TypeError: if the penalty is no function.
       ValueError: if a tensor that is pruned has no cost, or one that is not positive.
     """
+    if not callable(penalty):
+        raise TypeError(f"the penalty is {penalty!r}; accepted is a function of the step, as optax has them")
     unit = unit_costs(plan, costs)
     total = sum(unit[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune) or 1
 
@@ -139,11 +143,11 @@ def unit_costs(plan: Plan, costs: Mapping[str, float] | None) -> dict[str, float
     Raises:
       ValueError: if one of them has no cost, or one that is not positive.
     """
-    unit = {path: 1.0 if costs is None else float(costs.get(path, math.nan)) for path in plan.paths}
-    for path, cost in unit.items():
-        if not 0 < cost < math.inf:
+    given: dict[str, Any] = {path: 1.0 if costs is None else costs.get(path) for path in plan.paths}
+    for path, cost in given.items():
+        if cost is None or np.ndim(cost) or not 0 < float(cost) < math.inf:
             raise ValueError(f"{path} has a cost of {cost}; accepted is a positive number for each that is pruned")
-    return unit
+    return {path: float(cost) for path, cost in given.items()}
 
 
 def step_thresholds(

@@ -263,7 +263,7 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
         # As float32: a stack may have more weights than int32 counts.
         density += share * jnp.sum(kept.astype(jnp.float32))
         present += share * jnp.sum(nonzero.astype(jnp.float32))
-        slopes[path] = share * (below - above) / (2 * SLOPE_WIDTH)
+        slopes[path] = share * (below - above).astype(jnp.float32) / (2 * SLOPE_WIDTH)
     return Measured(density, present, slopes, largest)
 
 
@@ -358,12 +358,17 @@ def solve_scale(
     """
     leaves = dict(named_leaves(params))
 
-    def left(scale: jax.Array) -> jax.Array:
-        thresholds = keep_one(scaled_thresholds(scale, offsets), largest)
-        counts = {path: _counts(leaves[path], (tau,))[0][0] for path, tau in thresholds.items()}
-        return transform.total_cost(counts, shares)
+    def left(thresholds: Scalars) -> jax.Array:
+        kept = keep_one(thresholds, largest)
+        return transform.total_cost({path: _counts(leaves[path], (tau,))[0][0] for path, tau in kept.items()}, shares)
 
-    return _smallest_float(lambda scale: left(scale) <= density * (1 + 1e-6))
+    # Where many weights of one size are the largest of their layers, they alone may be more than that. Then no scale is
+    # enough, and each layer is taken to have one of them: the others shall not be emptied in vain.
+    least = left({path: jnp.full_like(a, jnp.inf) for path, a in offsets.items()})
+    one_each = transform.total_cost({path: jnp.ones_like(a) for path, a in offsets.items()}, shares)
+    aim = density * (1 + 1e-6)
+    aim = jnp.where(least > aim, aim + (least - one_each), aim)
+    return _smallest_float(lambda scale: left(scaled_thresholds(scale, offsets)) <= aim)
 
 
 def _smallest_float(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -121,7 +121,7 @@ def soft_prune_and_count(
     counts: Scalars = {}
 
     def prune(path: str, w: jax.Array) -> jax.Array:
-        tau, temperature = _threshold(path, w, state), state.temperatures[path]
+        tau, temperature = jnp.broadcast_arrays(_threshold(path, w, state), state.temperatures[path])
         pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights, leak)
         return pruned
 
@@ -146,7 +146,7 @@ def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) ->
 
 def _threshold(path: str, w: jax.Array, state: PruneState) -> jax.Array:
     """The threshold of a tensor, not below zero, once it is certain to be one of this tensor's layers."""
-    tau = state.thresholds[path]
+    tau = jnp.asarray(state.thresholds[path], jnp.float32)
     fits = len(tau.shape) == len(w.shape) and all(n in (1, size) for n, size in zip(tau.shape, w.shape, strict=True))
     if tau.shape and not fits:
         raise ValueError(f"{path} is of shape {w.shape}, and the state has thresholds for it of shape {tau.shape}")
@@ -224,13 +224,13 @@ class Summary(flax.struct.PyTreeNode):
     @property
     def density(self) -> jax.Array:
         """The kept fraction of the pruned tensors, in [0, 1]."""
-        return self.kept / float(max(self.weights, 1))
+        return self.kept.astype(jnp.float32) / float(max(self.weights, 1))
 
     @property
     def compression(self) -> jax.Array:
         """``weights / kept`` of the pruned tensors, the figure that papers report; infinite if nothing is left, 1 if
         there are none."""
-        return float(self.weights) / self.kept if self.weights else jnp.ones((), jnp.float32)
+        return float(self.weights) / self.kept.astype(jnp.float32) if self.weights else jnp.ones((), jnp.float32)
 
     def count_kept(self) -> int:
         """``kept`` to the last weight, however many there are; needs real values."""
@@ -264,7 +264,11 @@ class Summary(flax.struct.PyTreeNode):
 
 
 def summarize(params: Params, state: PruneState) -> Summary:
-    """Counts what ``hard_prune`` leaves, per tensor and in total. Works on traced values; printing needs real ones."""
+    """Counts what ``hard_prune`` leaves, per tensor and in total. Works on traced values; printing needs real ones.
+
+    Of many networks at once, by ``jax.vmap``, take the summary of one, ``jax.tree.map(lambda x: x[0], summaries)``,
+    before you ask it for anything: its arrays are else those of a stack of layers.
+    """
     leaves = dict(named_leaves(params))
     missing = [path for path in state.thresholds if path not in leaves]
     if missing:

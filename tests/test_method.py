@@ -111,6 +111,20 @@ def test_mask_is_float32_for_bfloat16_weights():
     assert grad.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("size", [7, 4098, 3 * 2**13])
+def test_the_sums_of_a_cpu_are_those_of_accelerators(size, monkeypatch):
+    """A CPU adds in another order, by halves while there are more than 4096: sums and gradients are the same."""
+    w = jax.random.normal(jax.random.key(0), (size,))
+
+    def gradients():
+        return jax.value_and_grad(lambda tau: method.soft_threshold(w, tau, jnp.float32(0.3))[1])(jnp.float32(0.5))
+
+    by_halves = gradients()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    chex.assert_trees_all_close(gradients(), by_halves, rtol=1e-5)
+    np.testing.assert_allclose(by_halves[0], np.sum(1 / (1 + np.exp((0.5 - np.float64(w) ** 2) / 0.3))), rtol=1e-5)
+
+
 def test_rescaling_weights_and_threshold_leaves_masks_unchanged():
     w = jax.random.normal(jax.random.key(0), (200,))
     for scale in (0.125, 32.0):  # powers of two: exact in float32

@@ -255,6 +255,20 @@ def test_a_state_of_other_layers_is_refused():
             verb(alone, state)
 
 
+def test_one_threshold_may_serve_all_layers():
+    """A user's own, with the temperatures of the layers: as if each had it, and its gradient is the sum of theirs."""
+    _, stacked = networks()
+    state, path = ltp.init(stacked, ltp.plan(stacked, rules()), t0=0.1), "blocks/dense/kernel"
+    one, each = jnp.float32(0.01), jnp.full((3, 1, 1), 0.01)
+
+    def counted(tau):
+        return ltp.l0(stacked, state.replace(thresholds=state.thresholds | {path: tau}))
+
+    (value, gradient), (expected, gradients) = (jax.value_and_grad(counted)(tau) for tau in (one, each))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, gradients.sum(), rtol=1e-5)
+
+
 def test_costs_of_layers_have_the_shape_of_their_counts():
     _, stacked = networks()
     state = ltp.init(stacked, ltp.plan(stacked, rules()))

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import ltp_jax as ltp
+from ltp_jax.trail import Entry
 
 KERNELS = {"conv/kernel": 3 * 3 * 3 * 8, "depthwise/kernel": 3 * 3 * 8, "head/kernel": 40}
 
@@ -213,6 +215,51 @@ def test_l0_gradient_reaches_weights_only_if_asked(params, state):
     np.testing.assert_array_equal(asked["norm"]["scale"], 0)
 
 
+@pytest.mark.parametrize("option", ["exact_gradient", "l0_to_weights"])
+def test_gradients_are_asked_for_by_name(params, state, option):
+    """What a method of training passes on to the verbs, and these to the arithmetic."""
+    g, path, t = jax.random.normal(jax.random.key(0), (3, 3, 3, 8)), "conv/kernel", 0.1
+    costs = {"conv/kernel": 3.0, "depthwise/kernel": 1.0, "head/kernel": 2.0}
+    total = sum(costs[path] * size for path, size in KERNELS.items())
+    pruner = ltp.pruner.learned_thresholds(
+        ltp.plan(params), lambda step: 5.0, optax.sgd(0.1), learn_steps=1, t0=t, costs=costs, **{option: True}
+    )
+    learned = pruner.init(params)
+
+    def by_name(w):
+        tree = params | {"conv": {"kernel": w}}
+        pruned, penalty = pruner.soften(tree, state.thresholds, learned, jnp.int32(0))
+        return jnp.sum(g * pruned["conv"]["kernel"]) + penalty
+
+    def by_hand(w):
+        s = jax.nn.sigmoid((w**2 - state.thresholds[path]) / state.temperatures[path])
+        held = jax.lax.stop_gradient(s)
+        mask, counted = (s, held) if option == "exact_gradient" else (held, s)
+        return jnp.sum(g * w * mask) + 5.0 * costs[path] * jnp.sum(counted) / total
+
+    w = params["conv"]["kernel"]
+    np.testing.assert_allclose(jax.grad(by_name)(w), jax.grad(by_hand)(w), rtol=1e-4, atol=1e-6)
+    verb = jax.grad(lambda p: jnp.sum(g * ltp.soft_prune(p, state, exact_gradient=True)["conv"]["kernel"]))(params)
+    if option == "exact_gradient":
+        np.testing.assert_allclose(verb["conv"]["kernel"], jax.grad(by_hand)(w), rtol=1e-4, atol=1e-6)
+
+
+def test_thresholds_may_be_numbers(params, state):
+    numbers = ltp.PruneState(
+        {path: float(tau) for path, tau in state.thresholds.items()},
+        {path: float(t) for path, t in state.temperatures.items()},
+    )
+    for verb in (ltp.soft_prune, ltp.hard_prune, ltp.mask, ltp.l0):
+        chex.assert_trees_all_close(verb(params, numbers), verb(params, state), rtol=1e-6)
+    assert ltp.summarize(params, numbers).kept == ltp.summarize(params, state).kept
+
+
+def test_a_rule_passes_over_tensors_of_fewer_dimensions():
+    tree = {"norm": {"kernel": jnp.ones(4)}, "dense": {"kernel": jnp.ones((4, 4))}}
+    assert ltp.plan(tree, [ltp.Rule(".*kernel", min_ndim=2)]).paths == ("dense/kernel",)
+    assert ltp.plan(tree, [ltp.Rule(".*kernel")]).paths == ("dense/kernel", "norm/kernel")
+
+
 def test_linen_and_nnx_give_the_same_paths_and_numbers(params, state):
     model = networks.NnxNet(nnx.Rngs(0))
     nnx_state = nnx.state(model, nnx.Param)
@@ -306,6 +353,15 @@ def test_summary_of_a_plan_that_prunes_nothing(params):
     summary = ltp.summarize(params, ltp.init(params, plan))
     assert (summary.compression, summary.network_compression) == (1, 1)
     assert str(summary).endswith("compression 1.00×")
+
+
+def test_summary_of_a_network_of_which_nothing_is_left(params, state):
+    nothing = ltp.summarize(params, state.replace(thresholds=dict.fromkeys(KERNELS, jnp.float32(1e9))))
+    assert np.isinf(nothing.compression)
+    assert nothing.network_compression == nothing.parameters / nothing.unpruned
+    assert "0.00%" in str(nothing)
+    entry = Entry.of(nothing, epoch=1, step=2, top1=90.0, top5=99.0, loss=0.1)  # JSON has no infinity
+    assert (entry.compression, entry.density) == (nothing.weights, 0)
 
 
 def test_summary_of_more_weights_than_int32_counts():

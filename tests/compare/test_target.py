@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,15 @@ def test_exact_thresholds_count_all_of_the_largest_weights_of_one_size():
     np.testing.assert_array_equal(hard["b"]["kernel"], [0, 6, -7, 8])
 
 
+def test_largest_weights_of_one_size_that_exceed_the_target_leave_the_others_theirs():
+    # Three of eight cannot be: all four of a are of one size. They count as one, and b keeps the two that are left.
+    params = TOY | {"a": {"kernel": jnp.full(4, 3.0)}}
+    tau = target.exact_thresholds(params, ZERO, 3 / 8, dict.fromkeys(ZERO, 1 / 8))
+    hard = ltp.hard_prune(params, ltp.PruneState(tau, {}))
+    np.testing.assert_array_equal(hard["a"]["kernel"], [3, 3, 3, 3])
+    np.testing.assert_array_equal(hard["b"]["kernel"], [0, 0, -7, 8])
+
+
 def test_exact_thresholds_meet_a_budget_of_costs():
     # A weight of a costs 3, one of b costs 1, all 16. Half of it, 8, buys 5, 6, 7, 8 and 4: 7; with 3 it were 10.
     costs = {"a/kernel": 3 / 16, "b/kernel": 1 / 16}
@@ -175,6 +185,18 @@ def test_measure():
     # Between 0.896 and 1.094 lie three of them, in 0.2 of log √τ.
     assert float(measured.slopes["kernel"]) == pytest.approx(3 * 0.1 / 0.2)
     assert float(measured.largest["kernel"]) == 4
+
+
+@pytest.mark.parametrize("layers", [(), (6, 1, 1)])
+def test_accelerators_count_as_a_cpu_does(layers, monkeypatch):
+    w = jax.random.normal(jax.random.key(0), (6, 50, 41))
+    thresholds = tuple(jnp.full(layers, tau) for tau in (0.0, 0.5, 2.0))
+    together = target._counts(w, thresholds)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    counts, largest = target._counts(w, thresholds)
+    chex.assert_trees_all_equal((counts, largest), together)
+    assert int(counts[1].sum()) == np.sum(np.square(w) > 0.5)
+    assert counts[1].shape == largest.shape == layers
 
 
 def test_offsets_stay_below_the_largest_weight():
@@ -481,7 +503,14 @@ def test_refusals(density, prune_steps, select_steps, message):
 
 
 @pytest.mark.parametrize(
-    "costs", [{}, {"one/kernel": 1.0, "two/kernel": 0.0, "head/kernel": 1.0}, {"one/kernel": math.inf}]
+    "costs",
+    [
+        {},
+        {"one/kernel": 1.0, "two/kernel": 0.0, "head/kernel": 1.0},
+        {"one/kernel": math.inf},
+        {"one/kernel": None},
+        {"one/kernel": np.ones(3)},
+    ],
 )
 def test_costs_that_are_none_are_refused(costs):
     plan, refused = ltp.plan(initial_params()), r"kernel has a cost of .*; accepted is a positive number"
@@ -502,6 +531,19 @@ def test_half_precision_is_refused():
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), initial_params())
     with pytest.raises(ValueError, match="of bfloat16; to meet a target weights have to be float32"):
         pruner_to(2).init(params)
+
+
+def test_a_penalty_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"the penalty is 20.0; accepted is a function of the step"):
+        pruners.learned_thresholds(ltp.plan(initial_params()), 20.0, optax.sgd(0.1), learn_steps=1)
+
+
+def test_offsets_move_by_adam_at_a_rate_of_3e_4_if_nothing_is_said():
+    # At the first step thresholds are zero, and so is the gradient. Then Adam takes a gradient of any size for a mean
+    # of 0.1 / 0.19 and a mean square of 0.001 / 0.001999 of it.
+    _, before, after = run(pruner_to(2))[:3]
+    moves = [abs(float(after.pruning.offsets[path] - offset)) for path, offset in before.pruning.offsets.items()]
+    np.testing.assert_allclose(moves, 3e-4 * (0.1 / 0.19) / (0.001 / 0.001999) ** 0.5, rtol=0.01)
 
 
 def test_a_leak_of_more_than_the_whole_gradient_is_refused():
