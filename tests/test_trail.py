@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import chex
@@ -197,6 +198,7 @@ def test_unwritable_place_is_said(tmp_path):
     trail = Trail(tmp_path / "trail", create=True)
     shutil.rmtree(tmp_path / "trail")
     (tmp_path / "trail").write_text("a file where the directory was")
+    before = threading.enumerate()
 
     def write():
         trail.save(ENTRIES[0], PARAMS, STATS)
@@ -204,6 +206,10 @@ def test_unwritable_place_is_said(tmp_path):
 
     with pytest.raises(TrailError, match="cannot write to"):
         write()
+    with pytest.raises(TrailError, match="cannot write to"):
+        save_network(tmp_path / "trail" / "network", PARAMS, STATS)
+    # Nothing of Orbax is left that would keep a script from its end, waiting for what failed.
+    assert [thread for thread in threading.enumerate() if not (thread.daemon or thread in before)] == []
 
 
 def abstract(tree):
