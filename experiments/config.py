@@ -320,8 +320,6 @@ def record(config: Config, *, write: bool = True) -> None:
             )
     if write:
         write_json(path, new)
-    else:
-        config.workdir.mkdir(parents=True, exist_ok=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

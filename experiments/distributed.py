@@ -4,14 +4,18 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.config import ConfigError, DistributedConfig
@@ -27,6 +31,9 @@ CONFIG_ERROR = 2
 
 START_SLACK = 60
 """Seconds that JAX may still take for joining the processes after this project's patience with them has ended."""
+
+SHARED_WITHIN = 10
+"""Seconds in which what one host writes to a file system that they share has to be seen by the others."""
 
 BROKEN_CONNECTION = re.compile(
     r"Gloo .*failed|(closed|reset) by (remote )?peer|remote process exited|Broken pipe|Socket closed|heartbeat",
@@ -113,6 +120,34 @@ def _ends_within(seconds: float, action: Callable[[], None]) -> bool:
     return not thread.is_alive()
 
 
+def check_shared(workdir: Path) -> None:
+    """Makes sure that all processes of the job see one working directory, which the first one has made.
+
+    Raises:
+      ConfigError: in every process, if one of them does not see what the first one writes there.
+    """
+    if not _has_others():
+        return
+    first = jax.process_index() == 0
+    token = secrets.randbits(32)
+    if first:  # before the others look for it: a file system may remember for long what was not there
+        (workdir / f".job-{token}").touch()
+    mark = workdir / f".job-{int(multihost_utils.broadcast_one_to_all(np.uint32(token)))}"
+    with contextlib.suppress(OSError):
+        workdir.mkdir(parents=True, exist_ok=True)  # or else it may remember that of the directory
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(seen))).tolist()
+    if first:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(
+            f"--workdir is {workdir}, which is not the same directory for process {', '.join(map(str, blind))} as for "
+            "process 0; accepted is one on a file system that all hosts share"
+        )
+
+
 @contextlib.contextmanager
 def stops_when_asked() -> Iterator[None]:
     """Takes SIGTERM as a request to end at once, by ``Preempted``, wherever ``preemption_notice`` does not take it."""
@@ -173,7 +208,8 @@ def nobody_waits(explain: Callable[[Exception], tuple[str, int]]) -> Iterator[No
         if not _has_others():
             raise
         message, code = explain(error)
-        log.error("stopped: %s", message, exc_info=True)
+        if log.handlers:  # before the log has begun, it would come to the terminal with its stack
+            log.error("stopped: %s", message, exc_info=True)
         print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr)
         logging.shutdown()
         sys.stdout.flush()

@@ -71,12 +71,14 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
 
     Raises:
       ConfigError: if the options do not go with the network, the data or the devices; nothing is written then. Later,
-        if a dense network that was trained or taken here cannot be pruned.
+        if the hosts do not share the working directory, or a dense network that was trained or taken here cannot be
+        pruned.
       RunError: if another run writes to the same directory, or the loss is no number.
       Preempted: if a process was asked to stop, after the state was saved.
     """
     check_options(config, module, dataset, start)
     with only_writer(config.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        distributed.check_shared(config.workdir)
         record(config, write=jax.process_index() == 0)
         console = Console()
         start_logging(config.workdir, console)

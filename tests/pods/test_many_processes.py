@@ -26,6 +26,17 @@ bits = b"".join(np.asarray(w).tobytes() for e in trail.entries for _, w in named
 print("restored", hashlib.sha256(bits).hexdigest())
 """
 
+APART = """
+import sys
+from experiments import digits, distributed
+from experiments.console import run_command
+
+distributed.SHARED_WITHIN = 1
+folder, *words = sys.argv[1:]
+sys.argv = ["digits.py", f"--workdir={folder}/{words[-1][-1]}", *words]
+run_command(digits.main)
+"""
+
 SIGTERM, SIGKILL = str(int(signal.SIGTERM)), str(int(signal.SIGKILL))
 
 
@@ -67,6 +78,18 @@ def test_partner_that_never_comes_is_one_message(jobs, tmp_path, process):
     assert codes(ended) == [2], ended[0].stderr
     assert ended[0].stderr.startswith("error: the processes of this job cannot reach each other: not all of them came")
     assert ended[0].stderr.count("\n") == 1
+
+
+def test_hosts_that_do_not_share_the_directory_are_one_message(jobs, tmp_path):
+    """Each process has one of its own, by the last digit of its words."""
+    ended = jobs.start([sys.executable, "-c", APART, str(tmp_path)], 2, 1, {}, timeout=120)
+    for i, process in enumerate(ended):
+        assert process.code == 2, process.stderr
+        assert process.stderr == (
+            f"error: process {i} of 2: --workdir is {tmp_path / str(i)}, which is not the same directory for process 1 "
+            "as for process 0; accepted is one on a file system that all hosts share\n"
+        )
+    assert not any(path for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_parameters_may_be_split(jobs, undisturbed, tmp_path):
