@@ -410,7 +410,17 @@ class Job:
         ):
             network = {"params": params, "batch_stats": batch_stats}
             keep_in_trail = functools.partial(keep, trail)
-            self._fit("prune", config.train, pruner, optimizer, network, resume, keep_in_trail, settle=trail.wait)
+            latest = max(trail.epochs, default=0)
+            has_state = any(resume.path.iterdir())
+            if latest and not has_state and latest < config.train.epochs:
+                log.warning(
+                    "the trail goes to epoch %d, but there is no state in %s to go on from: training starts over, and "
+                    "the entries that are there stay as they are",
+                    latest,
+                    resume.path,
+                )
+            if has_state or latest < config.train.epochs:
+                self._fit("prune", config.train, pruner, optimizer, network, resume, keep_in_trail, settle=trail.wait)
         return Trail(config.workdir / "trail")
 
     def _fit(

@@ -197,13 +197,32 @@ def test_entry_lost_with_its_process_is_written_again(finished, tmp_path):
     )
 
 
-def test_a_run_goes_on_when_a_broken_entry_was_removed(finished, tmp_path, caplog):
-    start(tiny(tmp_path, dense=finished / "dense"))
+def test_a_run_goes_on_when_a_broken_entry_was_removed(finished, tmp_path):
+    config = tiny(tmp_path, dense=finished / "dense")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3))
+    with pytest.raises(Interrupted):
+        start(config, Interrupting(digits(), 96, 30))  # in the third epoch
     shutil.rmtree(tmp_path / "trail" / "1")
     shutil.rmtree(tmp_path / "resume")
-    trail = start(tiny(tmp_path, dense=finished / "dense"))
-    assert trail.epochs == (0, 2)
-    assert "goes on behind epoch 1" in (tmp_path / "log.txt").read_text()
+    stamp = (tmp_path / "trail" / "2").stat().st_mtime_ns
+    trail = start(config)
+    assert trail.epochs == (0, 2, 3)
+    assert (tmp_path / "trail" / "2").stat().st_mtime_ns == stamp
+    told = (tmp_path / "log.txt").read_text()
+    assert told.count("WARNING the trail goes to epoch 2, but there is no state in") == 1
+    assert "training starts over, and the entries that are there stay as they are" in told
+    assert "goes on behind epoch 1" in told
+
+
+def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    for folder in ("resume", "report"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    monkeypatch.setattr(runs.Job, "_fit", lambda *args, **options: pytest.fail("is trained"))
+    trail = start(tiny(tmp_path / "run", tensorboard=True))
+    assert trail.epochs == (0, 1, 2)
+    assert (tmp_path / "run" / "report" / "trail.md").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
 def test_dense_network_of_another_run_is_taken(finished, tmp_path):
