@@ -6,9 +6,11 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -146,6 +148,15 @@ def check_shared(workdir: Path) -> None:
             f"--workdir is {workdir}, which is not the same directory for process {', '.join(map(str, blind))} as for "
             "process 0; accepted is one on a file system that all hosts share"
         )
+
+
+def sharers_of_cores() -> int:
+    """How many processes of the job have the cores of this one, itself included; one that is bound has its own."""
+    if not _has_others():
+        return 1
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
+    mark = np.uint32(zlib.crc32(f"{socket.gethostname()} {cores}".encode()))
+    return int(np.count_nonzero(multihost_utils.process_allgather(mark) == mark))
 
 
 @contextlib.contextmanager

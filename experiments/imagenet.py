@@ -20,7 +20,7 @@ from experiments.console import log, run_command
 from experiments.data import DataError, Dataset, photographs
 from experiments.data.photographs import is_imagenet, usable_cores
 from experiments.data.tfds_source import open_split
-from experiments.distributed import initialize
+from experiments.distributed import initialize, sharers_of_cores
 from experiments.dry_run import COMPILE_TIMEOUT
 from experiments.run import Start, run
 from ltp_jax import models, pretrained
@@ -94,7 +94,8 @@ class ImagenetConfig(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and products; auto is bfloat16 on accelerators and float32 on the CPU."""
     workers: int | None = None
-    """Processes of each host that prepare images, 0 for threads; all its cores but one if nothing is said."""
+    """Processes that prepare images for each process of the job, 0 for threads; all its cores but one if nothing is
+    said, divided by the processes of the job that have the same cores."""
     max_unreadable: int = 100
     """Images of a split that may be skipped because they cannot be read."""
     dry_run: bool = False
@@ -349,7 +350,7 @@ def main() -> None:
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         eval_split=config.eval_split,
-        workers=max(usable_cores() - 1, 1) if config.workers is None else config.workers,
+        workers=max(usable_cores() // sharers_of_cores() - 1, 1) if config.workers is None else config.workers,
         max_unreadable=config.max_unreadable,
     )
     module = make_module(config, settings, dataset.num_classes)

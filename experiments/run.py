@@ -325,7 +325,8 @@ class Job:
         """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
         params, batch_stats = jax.device_put((network["params"], network["batch_stats"]), replicated(self.mesh))
         if expected_top1 is not None:
-            top1 = self._evaluate(params, batch_stats)["top1"]
+            (figures,) = self._evaluate(batch_stats, params)
+            top1 = figures["top1"]
             if abs(top1 - expected_top1) > 1:
                 log.warning(
                     "the dense network has %.2f %% top-1 where %.2f %% was published for these weights: check that the "
@@ -382,8 +383,7 @@ class Job:
                 return
             hard = harden(state.params, state.pruning)
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
-            figures = self._evaluate(hard, state.batch_stats)
-            soft_figures = self._evaluate(soft, state.batch_stats)
+            figures, soft_figures = self._evaluate(state.batch_stats, hard, soft)
             summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
             entry = Entry.of(
                 summary,
@@ -520,23 +520,25 @@ class Job:
         )
         return (global_batch(batch, self.mesh) for batch in stream)
 
-    def _evaluate(self, params: Any, batch_stats: Any) -> dict[str, float]:
-        """Top-1 and top-5 in percent and mean loss over the held-out images."""
+    def _evaluate(self, batch_stats: Any, *networks: Any) -> list[dict[str, float]]:
+        """Top-1 and top-5 in percent and mean loss of each of the parameters over the held-out images, read once."""
         devices = jax.device_count()
         batch_size = math.ceil(min(self.config.train.batch_size * 2, self.dataset.eval_size) / devices) * devices
         sums: Any = None
         for batch in self.dataset.evaluate(
             batch_size, process_index=jax.process_index(), process_count=jax.process_count()
         ):
-            counts = self.eval_step(params, batch_stats, global_batch(batch, self.mesh))
+            images = global_batch(batch, self.mesh)
+            counts = [self.eval_step(params, batch_stats, images) for params in networks]
             sums = counts if sums is None else jax.tree.map(jnp.add, sums, counts)
-        sums = jax.device_get(sums)
-        n = float(sums["examples"])
-        return {
-            "top1": 100 * float(sums["top1"]) / n,
-            "top5": 100 * float(sums["top5"]) / n,
-            "loss": float(sums["loss"]) / n,
-        }
+        return [
+            {
+                "top1": 100 * float(counts["top1"]) / float(counts["examples"]),
+                "top5": 100 * float(counts["top5"]) / float(counts["examples"]),
+                "loss": float(counts["loss"]) / float(counts["examples"]),
+            }
+            for counts in jax.device_get(sums)
+        ]
 
     def _init_network(self) -> dict[str, Any]:
         return init_network(self.module, self.dataset, self.config.seed)

@@ -173,6 +173,20 @@ class Interrupting:
             yield batch
 
 
+class Counting:
+    """A dataset that counts how often its held-out images are read."""
+
+    def __init__(self, dataset):
+        self._dataset, self.evaluations = dataset, 0
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)
+
+    def evaluate(self, batch_size, **options):
+        self.evaluations += 1
+        return self._dataset.evaluate(batch_size, **options)
+
+
 @pytest.mark.parametrize(("batch_size", "after"), [(128, 12), (96, 5), (96, 16)])
 def test_interrupted_run_ends_in_the_same_bits(finished, tmp_path, batch_size, after):
     """Broken off in the second epoch of pretraining, and in the first and the second of pruning."""
@@ -517,8 +531,8 @@ def test_nothing_happens_at_import():
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def test_step_is_traced_once_in_a_run(finished, tmp_path, monkeypatch):
-    traced = []
+def test_step_is_traced_once_in_a_run_and_held_out_images_are_read_once_an_entry(finished, tmp_path, monkeypatch):
+    traced, dataset = [], Counting(digits())
     make = runs.make_train_step
 
     def counting(*args):
@@ -531,5 +545,6 @@ def test_step_is_traced_once_in_a_run(finished, tmp_path, monkeypatch):
         return train_step
 
     monkeypatch.setattr(runs, "make_train_step", counting)
-    start(tiny(tmp_path, dense=finished / "dense"))
+    trail = start(tiny(tmp_path, dense=finished / "dense"), dataset)
     assert len(traced) == 1
+    assert dataset.evaluations == len(trail.epochs)

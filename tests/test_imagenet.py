@@ -181,7 +181,7 @@ def test_a_dense_network_far_from_what_was_published_is_told(tmp_path, monkeypat
     warnings = []
     monkeypatch.setattr(run.log, "warning", lambda message, *args: warnings.append(message % args))
     monkeypatch.setattr(run, "save_network", lambda *args: None)
-    monkeypatch.setattr(run.Job, "_evaluate", lambda *args: {"top1": top1})
+    monkeypatch.setattr(run.Job, "_evaluate", lambda *args: [{"top1": top1}])
     job = object.__new__(run.Job)
     job.mesh = make_mesh()
     job._take({"params": {}, "batch_stats": {}}, 76.0, tmp_path / "dense")

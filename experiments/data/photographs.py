@@ -242,6 +242,7 @@ def _prepare_worker(worker_index: int, worker_count: int) -> None:
 def _iterate(batches: grain.MapDataset, workers: int, damage: _Damage) -> Iterator[Batch]:
     # Batches are made side by side, one to a thread or process; OpenCV's own threads would only contend with these.
     cv2.setNumThreads(1)
+    workers = min(workers, len(batches))  # each takes seconds to start
     if workers:
         # Grain's settings are absl flags, which it refuses to read before somebody has parsed a command line with absl.
         if not flags.FLAGS.is_parsed():

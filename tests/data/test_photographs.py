@@ -89,6 +89,15 @@ def test_worker_processes_change_nothing(make_dataset, photos, tmp_path, caplog)
     assert len(caplog.records) == 4
 
 
+def test_there_are_no_more_worker_processes_than_batches(make_dataset, photos, tmp_path):
+    make_dataset("tiny", {"train": photos, "test": photos[:10]})
+    batches = photographs("tiny", str(tmp_path), image_size=16, workers=3).evaluate(8)
+    before = set(multiprocessing.active_children())
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    assert len(list(batches)) == 1
+
+
 def test_an_error_in_a_worker_process_arrives_as_it_is(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": [b"broken"] * 6, "test": photos})
     dataset = photographs("tiny", str(tmp_path), image_size=16, max_unreadable=3, workers=1)

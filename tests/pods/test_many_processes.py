@@ -26,6 +26,19 @@ bits = b"".join(np.asarray(w).tobytes() for e in trail.entries for _, w in named
 print("restored", hashlib.sha256(bits).hexdigest())
 """
 
+SHARERS = """
+import os, sys
+from experiments.config import DistributedConfig
+from experiments.distributed import initialize, sharers_of_cores
+
+address, processes, process = (word.partition("=")[2] for word in sys.argv[1:])
+initialize(DistributedConfig(
+    coordinator_address=address, num_processes=int(processes), process_id=int(process)
+))
+os.sched_getaffinity = lambda pid: {0, 1} if process in "02" else {2, 3}
+print("sharers", sharers_of_cores())
+"""
+
 APART = """
 import sys
 from experiments import digits, distributed
@@ -90,6 +103,12 @@ def test_hosts_that_do_not_share_the_directory_are_one_message(jobs, tmp_path):
             "as for process 0; accepted is one on a file system that all hosts share\n"
         )
     assert not any(path for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_processes_with_the_same_cores_share_them(jobs):
+    ended = jobs.start([sys.executable, "-c", SHARERS], 3, 1, {}, timeout=120)
+    assert_all_done(ended)
+    assert [process.stdout.splitlines()[-1] for process in ended] == ["sharers 2", "sharers 1", "sharers 2"]
 
 
 def test_parameters_may_be_split(jobs, undisturbed, tmp_path):
