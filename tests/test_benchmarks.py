@@ -5,9 +5,11 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 import tyro
 
+from experiments.ahead_of_time import Figures
 from experiments.benchmarks import input_pipeline, lean_step, seeds
 from experiments.config import ConfigError
 from ltp_jax.trail import Entry
@@ -43,6 +45,34 @@ def test_help_names_the_command(benchmark, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmark.main()
     assert capsys.readouterr().out.startswith(f"usage: python -m {benchmark.__name__} ")
+
+
+def test_times_are_added_to_those_that_are_there(tmp_path, monkeypatch):
+    out = tmp_path / "time.json"
+    words = ["time", "--arch=lenet_300_100", "--batch-size=8", "--steps=1", f"--out={out}"]
+    before = {"arch": "lenet_300_100", "image_size": 28, "batch_size": 8, "device": jax.devices()[0].device_kind}
+    lean_step.write(out, [before])
+    monkeypatch.setattr(sys, "argv", ["lean_step.py", *words])
+    monkeypatch.setattr(lean_step, "COMPARED", ("dense",))  # which is soon compiled
+    lean_step.main()
+    kept, added = lean_step.read(out)
+    assert kept == before
+    assert added.items() > before.items()
+    assert list(added["median_seconds"]) == ["dense"]
+
+
+def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_step(step, timeout):
+        compiled.append(step.ltp)
+        return Figures(flops=1.0, bytes_accessed=1.0, peak_bytes=1, collectives={}, compile_seconds=1.0)
+
+    monkeypatch.setattr(lean_step, "compile_step", compile_step)
+    for methods in (("dense",), ("dense", "target")):
+        lean_step.run_compile(lean_step.Compile(arch=("digits",), methods=methods, out=tmp_path / "compile.json"))
+    assert compiled == [None, lean_step.METHODS["target"]]
+    assert [row["method"] for row in lean_step.read(tmp_path / "compile.json")] == ["dense", "target"]
 
 
 def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_path, monkeypatch):

@@ -4,7 +4,8 @@
     python -m experiments.benchmarks.lean_step time --arch=resnet20   # by the clock, on the devices of this machine
 
 Two ways of pruning stand beside the dense step: LTP to a penalty, as in the paper, and LTP to a target compression.
-Results are added to `experiments/results/lean_step_compile.json` and `lean_step_time.json`, one row for each step.
+Results are added to `experiments/results/lean_step_compile.json`, one row for each step, and `lean_step_time.json`, one
+for each measurement, or to the file of `--out`; what is there stays.
 """
 
 import dataclasses
@@ -55,6 +56,8 @@ class Compile:
     """The batch of each chip."""
     timeout: float = 7200.0
     """Seconds that a compilation may take."""
+    out: Path = RESULTS / "lean_step_compile.json"
+    """The JSON file to add to; what it has is not compiled again."""
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
@@ -81,6 +84,8 @@ class Time:
     """Images a step."""
     steps: int = 30
     """Steps of each kind that are timed, after three that are not."""
+    out: Path = RESULTS / "lean_step_time.json"
+    """The JSON file to add to."""
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
@@ -119,7 +124,6 @@ def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, 
 
 def run_compile(options: Compile) -> None:
     """Compiles what is not in the results yet."""
-    path = RESULTS / "lean_step_compile.json"
     chips = topology(options.topology).chips
     for arch in options.arch:
         for method in options.methods:
@@ -129,7 +133,7 @@ def run_compile(options: Compile) -> None:
                 "topology": options.topology,
                 "images_per_chip": options.images_per_chip,
             }
-            if any(all(old.get(key) == value for key, value in row.items()) for old in read(path)):
+            if any(all(old.get(key) == value for key, value in row.items()) for old in read(options.out)):
                 continue
             size = models.spec(arch).input_size
             step = training_step(
@@ -145,9 +149,9 @@ def run_compile(options: Compile) -> None:
             except CompileError as error:
                 print(f"{arch} {method}: {error}", flush=True)
                 continue
-            rows = read(path)  # another start of this benchmark may have added to it
-            write(path, [*rows, row | {"image_size": size, "jax": jax.__version__} | figures])
-            print(compile_table([r for r in read(path) if r["arch"] == arch]), flush=True)
+            rows = read(options.out)  # another start of this benchmark may have added to it
+            write(options.out, [*rows, row | {"image_size": size, "jax": jax.__version__} | figures])
+            print(compile_table([r for r in read(options.out) if r["arch"] == arch]), flush=True)
 
 
 def compile_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -208,9 +212,7 @@ def run_time(options: Time) -> None:
             for method, times in seconds.items()
         },
     }
-    path = RESULTS / "lean_step_time.json"
-    keys = ("arch", "image_size", "batch_size", "device")
-    write(path, [old for old in read(path) if any(old[key] != row[key] for key in keys)] + [row])
+    write(options.out, [*read(options.out), row])
     for method in COMPARED:
         print(f"{options.arch} {method}: {row['median_seconds'][method]:.4f} s, ×{row['ratio_to_dense'][method]:.4f}")
 
