@@ -26,7 +26,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
 
 
 def decode(encoded: bytes) -> np.ndarray:
-    """Decodes an image of any common format; grey, CMYK and palette images become RGB.
+    """Decodes an image of any common format; grey, CMYK and palette images become RGB, and 16 bits become the upper 8.
 
     The pixels of a JPEG are those of libjpeg's accurate transform and smooth chroma upsampling, which public weights
     are usually evaluated with. EXIF orientation is ignored, as is usual for classification datasets.
@@ -50,6 +50,9 @@ def decode(encoded: bytes) -> np.ndarray:
         pass
     image = _open(encoded)
     try:
+        if image.mode.startswith("I"):  # grey of 16 bits, all but the darkest of which Pillow would make white
+            grey = np.asarray(image).clip(0, 2**16 - 1) >> 8
+            return np.repeat(grey.astype(np.uint8)[..., np.newaxis], 3, -1)
         return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadableImage(str(error)) from error

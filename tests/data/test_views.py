@@ -169,6 +169,16 @@ def test_a_png_is_read_whatever_it_is_called(mode):
     np.testing.assert_array_equal(decoding.decode(encoded), np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_grey_of_16_bits_becomes_that_of_8(file_format):
+    grey = np.asarray(scene(60, 80).convert("L"))
+    fine = np.random.default_rng(0).integers(0, 256, grey.shape)
+    image = Image.fromarray((256 * grey.astype(int) + fine).astype(np.uint16))
+    pixels = decoding.decode(encode(image, file_format))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.repeat(grey[..., np.newaxis], 3, -1))
+
+
 def test_orientation_tags_are_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90°
