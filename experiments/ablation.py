@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS, check_seeds
 from experiments.compare_report import read_cell, read_cells, save_picture, spread
-from experiments.config import ConfigError, TrainConfig, write_json
+from experiments.config import ConfigError, TrainConfig, require_local, write_json
 from experiments.console import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
 from experiments.run import kernel_decay, weights_optimizer
@@ -53,6 +53,7 @@ class AblationConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        require_local(self, "data_dir", "workdir", "results", "pictures")
         if unknown := [variant for variant in self.variants if variant not in VARIANTS]:
             raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
         check_seeds("--seeds", self.seeds)

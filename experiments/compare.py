@@ -29,7 +29,7 @@ from experiments.compare_settings import (
     make_pruner,
     without_decay,
 )
-from experiments.config import ConfigError, TrainConfig, require, require_any, write_json
+from experiments.config import ConfigError, TrainConfig, require, require_any, require_local, write_json
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
@@ -122,6 +122,7 @@ class CompareConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        require_local(self, "data_dir", "workdir", "results", "pictures")
         require_any("--methods", self.methods)
         for compression in self.compressions:
             if not 1 < compression < math.inf:

@@ -218,10 +218,7 @@ class Config:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
-        for flag, path in (("--workdir", self.workdir), ("--dense", self.dense)):
-            # As a path, gs://bucket/run is a folder named gs: in the current one.
-            is_local = re.match("[a-z][a-z0-9]+:/", str(path)) is None
-            require(is_local, flag, path, "a directory of this machine, such as one at which a bucket is mounted")
+        require_local(self, "workdir", "data_dir", "dense")
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()
@@ -243,6 +240,16 @@ def require_any(flag: str, values: Sequence[Any]) -> None:
     """Raises ConfigError if an option that takes several values has none."""
     if not values:
         raise ConfigError(f"{flag} is empty; accepted is one or more")
+
+
+def require_local(options: Any, *names: str) -> None:
+    """Raises ConfigError if one of these options names a bucket, and not a path of this machine."""
+    accepted = "a path of this machine, such as one in a bucket that is mounted"
+    for name in names:
+        path = getattr(options, name)
+        # As a path, gs://bucket/run is a folder named gs: in the current one.
+        is_local = re.match("[a-z][a-z0-9]+:/", str(path)) is None
+        require(is_local, f"--{name.replace('_', '-')}", path, accepted)
 
 
 def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None = None) -> C:

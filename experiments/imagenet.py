@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import dry_run
-from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse, require
+from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse, require, require_local
 from experiments.console import log, run_command
 from experiments.data import DataError, Dataset, photographs
 from experiments.data.photographs import is_imagenet, usable_cores
@@ -111,6 +111,7 @@ class ImagenetConfig(Config):
 
     def check(self) -> None:
         super().check()
+        require_local(self, "pretrained")
         if self.topology is not None and not self.dry_run:
             raise ConfigError("--topology compiles for a TPU that is not here; it goes with --dry-run")
         smallest = max(32, models.spec(self.arch).min_size)

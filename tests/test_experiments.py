@@ -345,7 +345,9 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--ltp.learn", "1.5"], "--ltp.learn is 1.5; accepted is more than 0, at most 1"),
         (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
         (["--seed", "-3"], "--seed is -3"),
-        (["--workdir", "gs://bucket/run"], "--workdir is gs:/bucket/run; accepted is a directory of this machine"),
+        (["--workdir", "gs://bucket/run"], "^--workdir is gs:/bucket/run; accepted is a path of this machine"),
+        (["--dense=gs://bucket/dense"], "^--dense is gs:/bucket/dense; accepted is a path of this machine"),
+        (["--data-dir=s3://bucket"], "^--data-dir is s3://bucket; accepted is a path of this machine"),
         (["--ltp.penalty", "3", "--ltp.target-macs=2"], "--ltp.penalty and --ltp.target-macs exclude each other"),
         *(
             ([f"{flag}={value}"], f"^{flag} is {re.escape(value)}; accepted is more than [01], and finite")

@@ -325,6 +325,7 @@ def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
         (["--dry-run", "--dry-run-timeout=0"], "--dry-run-timeout is 0.0; accepted is more than 0"),
         (["--dry-run", "--dry-run-timeout=inf"], "--dry-run-timeout is inf; accepted is more than 0, and finite"),
         (["--pretrained=w", "--workers=-1"], "--workers is -1"),
+        (["--pretrained=gs://bucket/w.pth"], "^--pretrained is gs:/bucket/w.pth; accepted is a path of this machine"),
         (
             ["--pretrained=w", "--ltp.target-compression=0.5"],
             "--ltp.target-compression is 0.5; accepted is more than 1",

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.config import ConfigError, require
+from experiments.config import ConfigError, require, require_local
 from experiments.console import run_command
 from experiments.data import photographs
 from experiments.data.tfds_source import Example, open_split
@@ -68,6 +68,7 @@ class Options:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        require_local(self, "data_dir", "out")
         for name in ("images", "image_size", "batch_size", "batches", "turns"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")

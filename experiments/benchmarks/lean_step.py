@@ -24,7 +24,7 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any
+from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any, require_local
 from experiments.console import run_command
 from experiments.data.photographs import usable_cores
 from experiments.dry_run import IMAGENET_TRAIN_SIZE
@@ -61,6 +61,7 @@ class Compile:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        require_local(self, "out")
         require_any("--arch", self.arch)
         require_any("--methods", self.methods)
         for arch in self.arch:
@@ -89,6 +90,7 @@ class Time:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        require_local(self, "out")
         _check_arch(self.arch)
         if self.image_size is not None:
             smallest = models.spec(self.arch).min_size

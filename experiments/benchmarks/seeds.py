@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from experiments.config import ConfigError
+from experiments.config import ConfigError, require_local
 from experiments.console import RunError, run_command
 from ltp_jax.trail import Trail, TrailError
 
@@ -41,6 +41,7 @@ class Seeds:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
+        require_local(self, "workdir", "out")
         if not self.seeds:
             raise ConfigError("--seeds is empty; accepted is at least one")
 

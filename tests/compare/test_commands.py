@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -228,6 +229,7 @@ def test_cells_are_kept_and_not_run_again(tmp_path, harness, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ({"results": Path("gs://bucket")}, "^--results is gs:/bucket; accepted is a path of this machine"),
         ({"seeds": ()}, "--seeds is empty"),
         ({"epochs": 0}, "--epochs is 0; accepted is 1 or more"),
         ({"methods": ()}, "--methods is empty"),
