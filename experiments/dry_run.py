@@ -19,7 +19,7 @@ from experiments.chips import Topology
 from experiments.chips import topology as find_topology
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
 from experiments.console import RunError
-from experiments.run import weights_optimizer
+from experiments.run import check_batch, ltp_pruner, weights_optimizer
 from ltp_jax import models
 from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import dense
@@ -52,6 +52,7 @@ def report(
     *,
     image_size: int | None = None,
     train_size: int = IMAGENET_TRAIN_SIZE,
+    pretrain: TrainConfig | None = None,
     timeout: float = COMPILE_TIMEOUT,
 ) -> dict[str, Any]:
     """Prints what the run would do, and writes it to ``dry_run.json`` in the working directory.
@@ -61,13 +62,15 @@ def report(
       module: the network, in the compute dtype of the run.
       image_size: side of the images in pixels; that of the network if nothing is said.
       train_size: images of an epoch.
+      pretrain: training of the dense network, if the run trains one.
       timeout: seconds that each compilation may take.
 
     Returns:
       What is written: the facts of the run, and ``ltp`` and ``dense``, the compiler's figures, if there is a topology.
 
     Raises:
-      ConfigError: for an unknown topology, or a batch or mesh that does not go with the chips or the data.
+      ConfigError: for an unknown topology, a batch or mesh that does not go with the chips or the data, or a target
+        that the network cannot meet.
       RunError: if the step cannot be compiled.
     """
     started = time.time()
@@ -75,7 +78,12 @@ def report(
     topology = None if config.topology is None else find_topology(config.topology)
     devices = jax.device_count() if topology is None else topology.chips
     train = TrainConfig(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainConfig)})
-    _check_batch(train, config.mesh, devices, train_size)
+    # With these every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
+    if config.mesh.fsdp < 1 or devices % config.mesh.fsdp:
+        raise ConfigError(f"--mesh.fsdp is {config.mesh.fsdp}; accepted are divisors of the {devices} devices")
+    for stage, stage_config in (("train", train), ("pretrain", pretrain)):
+        if stage_config is not None:
+            check_batch(stage, stage_config, devices, train_size, "the dataset")
     spec = models.spec(config.arch)
     size = image_size or spec.input_size
     shape = (size, size, spec.channels)
@@ -83,7 +91,9 @@ def report(
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
     plan = ltp.plan(variables["params"])
-    facts = _facts(module, variables, plan, train, config.mesh, image, devices, train_size)
+    uses = uses_per_input(module, image, plan, train=False)
+    ltp_pruner(config.ltp, plan, train.epochs * (train_size // train.batch_size), lambda: uses)
+    facts = _facts(module, variables, plan, uses, train, config.mesh, image, devices, train_size)
     console.print(str(plan), highlight=False, soft_wrap=True)
     console.print(_facts_table(config.arch, facts, devices, topology))
     found: dict[str, Any] = {"arch": config.arch, "topology": config.topology, "devices": devices, **facts}
@@ -154,20 +164,11 @@ def activation_bytes(module: nn.Module, image: jax.ShapeDtypeStruct) -> int:
     return width * sum(math.prod(array.shape) for array in (*inputs.values(), *outputs))
 
 
-def _check_batch(train: TrainConfig, mesh: MeshConfig, devices: int, train_size: int) -> None:
-    # With these two every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
-    if mesh.fsdp < 1 or devices % mesh.fsdp:
-        raise ConfigError(f"--mesh.fsdp is {mesh.fsdp}; accepted are divisors of the {devices} devices")
-    if train.batch_size % devices:
-        raise ConfigError(f"--train.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices")
-    if train.batch_size > train_size:
-        raise ConfigError(f"--train.batch-size is {train.batch_size}; the dataset has {train_size} images")
-
-
 def _facts(
     module: nn.Module,
     variables: Any,
     plan: ltp.Plan,
+    uses: dict[str, float],
     train: TrainConfig,
     mesh: MeshConfig,
     image: jax.ShapeDtypeStruct,
@@ -177,7 +178,6 @@ def _facts(
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     optimizer = weights_optimizer(train, 1)
     state = jax.eval_shape(lambda p, s: create_state(p, s, optimizer, dense(), jax.random.key(0)), params, batch_stats)
-    uses = uses_per_input(module, image, plan, train=False)
     sizes = {tensor.path: tensor.size for tensor in plan.tensors}
     state_bytes, parameter_bytes = _bytes(state), _bytes(params)
     images = train.batch_size // devices

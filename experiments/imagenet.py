@@ -323,11 +323,14 @@ def main() -> None:
     if config.dry_run:
         settings = weight_settings(config)
         train_size, num_classes, note = dry_run_counts(config)
+        new_head = num_classes != models.spec(config.arch).num_classes
+        to_train = config.dense is None and (config.train.from_scratch or new_head)
         dry_run.report(
             config,
             make_module(config, settings, num_classes),
             image_size=config.image_size or settings.input_size,
             train_size=train_size,
+            pretrain=config.pretrain if to_train and not (config.workdir / "dense").is_dir() else None,
             timeout=config.dry_run_timeout,
         )
         if note:

@@ -131,10 +131,11 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
         make_mesh(config.mesh.fsdp)
     except ValueError as error:
         raise ConfigError(f"--mesh.fsdp: {error}") from error
-    check_batch("train", config.train, dataset)
+    devices = jax.device_count()
+    check_batch("train", config.train, devices, dataset.train_size, dataset.name)
     to_train = config.dense is None and (start is None or not start.trained)
     if to_train and not (config.workdir / "dense").is_dir():
-        check_batch("pretrain", config.pretrain, dataset)
+        check_batch("pretrain", config.pretrain, devices, dataset.train_size, dataset.name)
     network = jax.eval_shape(lambda: init_network(module, dataset, config.seed))
     plan = ltp.plan(network["params"])
     make_pruner(config, module, dataset, plan)
@@ -158,11 +159,10 @@ def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
         raise ConfigError(f"the dense network cannot be pruned: {error}") from error
 
 
-def check_batch(stage: str, train: TrainConfig, dataset: Dataset) -> None:
-    """Raises ConfigError for a batch that the images do not fill or the devices cannot share."""
-    images, devices = dataset.train_size, jax.device_count()
+def check_batch(stage: str, train: TrainConfig, devices: int, images: int, dataset: str) -> None:
+    """Raises ConfigError for a batch that the images of a dataset do not fill or the devices cannot share."""
     if train.batch_size > images:
-        raise ConfigError(f"--{stage}.batch-size is {train.batch_size}; {dataset.name} has {images} images")
+        raise ConfigError(f"--{stage}.batch-size is {train.batch_size}; {dataset} has {images} images")
     if train.batch_size % devices:
         raise ConfigError(
             f"--{stage}.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices"

@@ -241,6 +241,29 @@ def test_dry_run_counts_the_dataset_that_is_named(tmp_path):
     assert "assumed" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "classes", "trained"),
+    [
+        ([], 1000, False),
+        (["--train.from-scratch"], 1000, True),
+        (["--pretrained=w"], 10, True),
+        (["--dense=d"], 10, False),
+    ],
+)
+def test_dry_run_looks_at_the_training_of_the_dense_network_where_there_is_one(
+    tmp_path, monkeypatch, words, classes, trained
+):
+    monkeypatch.setattr(imagenet, "dry_run_counts", lambda config: (500, classes, None))
+    options = ["--train.batch-size=64", "--pretrain.batch-size=512", "--arch=resnet18", f"--workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["imagenet.py", "--dry-run", *options, *words])
+    if trained:
+        with pytest.raises(ConfigError, match=r"^--pretrain.batch-size is 512; the dataset has 500 images$"):
+            imagenet.main()
+    else:
+        imagenet.main()
+    assert (tmp_path / "dry_run.json").exists() != trained
+
+
 def test_dry_run_says_that_counts_are_assumed(tmp_path):
     config = dataclasses.replace(imagenet.PRESETS["resnet50"], dataset="of_nobody", data_dir=str(tmp_path))
     images, classes, note = imagenet.dry_run_counts(config)

@@ -171,6 +171,13 @@ def test_batch_that_the_data_do_not_fill_is_refused(tmp_path):
         dry_run.report(Options(tmp_path), module(), train_size=63)
 
 
+@pytest.mark.parametrize("goal", [{"target_compression": 1e5}, {"target_density": 1e-5}, {"target_macs": 1e6}])
+def test_target_that_the_network_cannot_meet_is_refused(tmp_path, goal):
+    with pytest.raises(ConfigError, match=r"^the target of --ltp cannot be met: .*fewer than one weight"):
+        dry_run.report(Options(tmp_path, ltp=LtpConfig(**goal)), module(), train_size=1257)
+    assert not (tmp_path / "dry_run.json").exists()
+
+
 @pytest.mark.parametrize("fsdp", [0, -2, 3, 32])
 def test_mesh_that_chips_cannot_form_is_refused(tmp_path, fsdp):
     options = Options(tmp_path, mesh=MeshConfig(fsdp=fsdp), topology="v5e:4x4")
