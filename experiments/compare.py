@@ -306,6 +306,8 @@ def grid(config: CompareConfig, harness: Harness) -> None:
     settings = {method: grid_setting(config, method, tuned) for method in config.methods}
     runs = folder(config)
     for compression in config.compressions or setup.compressions:
+        if compression == round(compression):
+            compression = round(compression)  # as those of the network are recorded; a command line has 32.0 for 32
         for method, trial in settings.items():
             name = method if method == "dense" else f"{method}_{compression:g}"
             cells = [(runs / f"{name}_{seed}.json", seed) for seed in config.seeds]

@@ -229,6 +229,16 @@ def test_what_to_do_when_runs_are_missing_makes_them(tmp_path, monkeypatch, word
     assert compare.folder(advised, held_out=True) == compare.folder(config, held_out=True)
 
 
+def test_a_compression_is_recorded_the_same_whether_it_is_typed_or_not(tune, monkeypatch):
+    config, _ = tune(lambda *_: 80.0, methods=("gmp_global",), tuning_seeds=(0,))
+    words = ["run", "--methods", "gmp_global", "--tuning-seeds", "0", f"--results={config.results}"]
+    recorded = []
+    monkeypatch.setattr(compare, "fill", lambda *args: recorded.append(str(args[-2])))
+    for typed in ([], ["--compressions", "8", "16", "32", "64", "128"], ["--compressions", "2.5"]):
+        compare.grid(tyro.cli(compare.CompareConfig, args=[*words, *typed]), None)
+    assert recorded == ["8", "16", "32", "64", "128"] * 2 + ["2.5"]
+
+
 def test_a_comparison_of_other_epochs_is_another_one(tune, monkeypatch):
     # In three times the steps STR's decay is 3^(−2/3) of that in ten epochs.
     options = {"methods": ("str",), "tuning_seeds": (0,)}
