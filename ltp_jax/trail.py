@@ -374,7 +374,7 @@ def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
 
 def _directories_first() -> ocp.options.AsyncOptions:
     """Makes directories before the rest goes on in the background: where one cannot be made there, Orbax leaves threads
-    that wait for it ten minutes beyond the end of a script."""
+    that wait for it minutes beyond the end of a script."""
     return ocp.options.AsyncOptions(create_directories_asynchronously=False)
 
 
