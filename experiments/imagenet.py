@@ -22,7 +22,7 @@ from experiments.data.photographs import is_imagenet, usable_cores
 from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize, sharers_of_cores
 from experiments.dry_run import COMPILE_TIMEOUT
-from experiments.run import Start, run
+from experiments.run import Start, run, trains_dense
 from ltp_jax import models, pretrained
 from ltp_jax.pretrained import PretrainedError, WeightSettings
 
@@ -324,13 +324,13 @@ def main() -> None:
         settings = weight_settings(config)
         train_size, num_classes, note = dry_run_counts(config)
         new_head = num_classes != models.spec(config.arch).num_classes
-        to_train = config.dense is None and (config.train.from_scratch or new_head)
+        to_train = trains_dense(config, trained=not (config.train.from_scratch or new_head))
         dry_run.report(
             config,
             make_module(config, settings, num_classes),
             image_size=config.image_size or settings.input_size,
             train_size=train_size,
-            pretrain=config.pretrain if to_train and not (config.workdir / "dense").is_dir() else None,
+            pretrain=config.pretrain if to_train else None,
             timeout=config.dry_run_timeout,
         )
         if note:

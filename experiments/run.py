@@ -133,8 +133,7 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
         raise ConfigError(f"--mesh.fsdp: {error}") from error
     devices = jax.device_count()
     check_batch("train", config.train, devices, dataset.train_size, dataset.name)
-    to_train = config.dense is None and (start is None or not start.trained)
-    if to_train and not (config.workdir / "dense").is_dir():
+    if trains_dense(config, trained=start is not None and start.trained):
         check_batch("pretrain", config.pretrain, devices, dataset.train_size, dataset.name)
     network = jax.eval_shape(lambda: init_network(module, dataset, config.seed))
     plan = ltp.plan(network["params"])
@@ -149,6 +148,11 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
         given = restore_network(config.dense)
         check_network(given, network, config.dense, config.arch)
         check_weights(given["params"], plan, config.ltp)
+
+
+def trains_dense(config: Config, *, trained: bool) -> bool:
+    """Whether a run that is to begin from a network, trained already or not, has a dense network to train."""
+    return config.dense is None and not trained and not (config.workdir / "dense").is_dir()
 
 
 def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:

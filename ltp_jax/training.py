@@ -58,9 +58,8 @@ def create_state(
 ) -> TrainState:
     """The state of a run that has not begun. Its arrays are its own: a step may donate them."""
     # The state of an optimizer may begin with the very arrays of the parameters, and that of thresholds with theirs.
-    own = jax.tree.map(jnp.copy, (params, batch_stats, optimizer.init(params), key))
-    params, batch_stats, optimizer_state, key = own
-    pruning = jax.tree.map(jnp.copy, pruner.init(params))
+    own = jax.tree.map(jnp.copy, (params, batch_stats, pruner.init(params), optimizer.init(params), key))
+    params, batch_stats, pruning, optimizer_state, key = own
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
