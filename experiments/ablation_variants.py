@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 import ltp_jax as ltp
@@ -165,14 +166,16 @@ def starting(make: Make, offsets: Callable[[ltp.Plan, Any], dict[str, jax.Array]
         def init(params: Any) -> Any:
             state = pruner.init(params)
             # A scale that leaves as many weights as the pruner's own.
+            by_path = ravel_pytree(state.thresholds)[1]
             moved = offsets(job.plan, params)
             weights = dict(ltp.named_leaves(params))
             sizes, whole = (
                 jnp.concatenate([jnp.abs(weights[path]).ravel() / jnp.exp(scales[path]) for path in job.plan.paths])
-                for scales in (moved, state.offsets)
+                for scales in (moved, by_path(state.offsets))
             )
             share = jnp.mean(whole > jnp.exp(state.log_scale))
-            return state.replace(offsets=moved, log_scale=jnp.log(jnp.quantile(sizes, 1 - share)))
+            log_scale = jnp.log(jnp.quantile(sizes, 1 - share))
+            return state.replace(offsets=ravel_pytree(moved)[0], log_scale=log_scale)
 
         return pruner._replace(init=init)
 

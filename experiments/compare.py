@@ -109,8 +109,8 @@ class CompareConfig:
     """Shift the training images of Fashion-MNIST by up to two pixels and mirror every other one, anew in every epoch,
     in a comparison and with a tuning of their own. Those of CIFAR-10 always are."""
     epochs: int | None = None
-    """Epochs with the method, in a comparison and with a tuning of their own; those of the network if nothing is
-    said."""
+    """Epochs with the method, in a comparison and with a tuning of their own, which --setting-of does without: its
+    setting is that of the network's own epochs, which are those if nothing is said."""
     data_dir: str | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     workdir: Path = Path("runs/compare")
@@ -302,7 +302,10 @@ def command_for(config: CompareConfig, command: str) -> str:
 def grid(config: CompareConfig, harness: Harness) -> None:
     """Runs every method at every compression with every seed, with the setting that tuning chose."""
     setup, train = NETWORKS[config.arch], training(config)
-    tuned = tuning(config, (config.setting_of,) if config.setting_of else config.methods)
+    if config.setting_of:
+        tuned = tuning(dataclasses.replace(config, epochs=None), (config.setting_of,))
+    else:
+        tuned = tuning(config, config.methods)
     settings = {method: grid_setting(config, method, tuned) for method in config.methods}
     runs = folder(config)
     for compression in config.compressions or setup.compressions:

@@ -215,6 +215,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
 
+    @property
+    def own_dense(self) -> Path:
+        """Where the run keeps the dense network that it trained or took; ``--dense`` is that of another."""
+        return self.workdir / "dense"
+
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
@@ -313,7 +318,7 @@ def record(config: Config, *, write: bool = True) -> None:
             ) from error
         free = {"workdir", "data_dir", "tensorboard", "mesh.fsdp", "workers", "max_unreadable", "dry_run_timeout"}
         free.update(f"ltp.{name}" for name in config.ltp.idle)
-        if (config.workdir / "dense").is_dir():
+        if config.own_dense.is_dir():
             free.add("pretrained")  # nothing more is taken from it; whose weights they are stays fixed
         changed = [
             f"--{key.replace('_', '-')} {how}"

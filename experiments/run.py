@@ -152,7 +152,7 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
 
 def trains_dense(config: Config, *, trained: bool) -> bool:
     """Whether a run that is to begin from a network, trained already or not, has a dense network to train."""
-    return config.dense is None and not trained and not (config.workdir / "dense").is_dir()
+    return config.dense is None and not trained and not config.own_dense.is_dir()
 
 
 def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
@@ -295,20 +295,19 @@ class Job:
     def dense_network(self) -> tuple[Any, Any]:
         """Parameters and batch statistics of the dense network: given, trained before, or trained now."""
         config = self.config
-        own = config.workdir / "dense"
         if config.dense is None:
-            if not own.is_dir():
-                self._make_dense(own)
+            if not config.own_dense.is_dir():
+                self._make_dense(config.own_dense)
             if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
                 for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
                     shutil.rmtree(stale, ignore_errors=True)
-        path = config.dense or own
+        path = config.dense or config.own_dense
         try:
             network = restore_network(path)
         except TrailError as error:
             if config.dense is not None:
                 raise
-            raise TrailError(f"{error}; remove {own}, and it is made anew") from error
+            raise TrailError(f"{error}; remove {path}, and it is made anew") from error
         check_network(network, jax.eval_shape(self._init_network), path, config.arch)
         log.info("dense network: %s", path)
         return network["params"], network["batch_stats"]

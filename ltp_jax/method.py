@@ -115,7 +115,7 @@ def soft_threshold(
 def _soft_threshold(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
     del leak, exact_gradient, l0_to_weights
     s = soft_mask(w, threshold, temperature)
-    return (w.astype(jnp.float32) * s).astype(w.dtype), _sum(s, threshold.shape)
+    return (w.astype(jnp.float32) * s).astype(w.dtype), layer_sums(s, threshold.shape)
 
 
 def _soft_threshold_fwd(w, threshold, temperature, leak, exact_gradient, l0_to_weights):
@@ -131,7 +131,7 @@ def _soft_threshold_bwd(exact_gradient, l0_to_weights, residuals, cotangents):
     slope = s * (1 - s)  # −T · ∂s/∂τ; one division of a sum is cheaper than one of every weight
     w32, g32 = w.astype(jnp.float32), g.astype(jnp.float32)
     # One reduction serves the classification loss and the penalty: −Σ (g·w + λ) · s(1−s)/T.
-    d_threshold = -_sum((g32 * w32 + g_count) * slope, threshold.shape) / temperature
+    d_threshold = -layer_sums((g32 * w32 + g_count) * slope, threshold.shape) / temperature
     d_w = g32 * (s + leak * (1 - s))
     if exact_gradient:
         d_w += g32 * w32 * 2 * w32 * slope / temperature
@@ -155,7 +155,7 @@ def unsplit(x: jax.Array) -> jax.Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
-def _sum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def layer_sums(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``Σ x`` over each layer, float32 of the shape of the thresholds. On a CPU that of a single layer by halves: XLA
     makes one pass of those additions and of what ``x`` is computed from, while its reduction wants ``x`` and every
     constant in it written to memory first."""

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
@@ -99,7 +100,7 @@ def learned_thresholds(
       penalty: ``λ · N`` as a function of the step, where ``N`` is the number of prunable weights (or their total cost):
         what keeping all of them would cost, in units of the loss. It should rise from zero: a large penalty at once
         prunes far too much before the loss has a say.
-      optimizer: updates the thresholds. Weight decay has no place in it.
+      optimizer: updates the thresholds, all of them in one array. Weight decay has no place in it.
       learn_steps: thresholds are frozen from this step on, while the network recovers.
       t0: temperature in units of ``Var(|w|)``, eq. 15.
       exact_gradient: see ``ltp_jax.soft_prune``.
@@ -117,7 +118,7 @@ def learned_thresholds(
 
     def init(params):
         prune = transform.init(params, plan, t0)
-        return LearnedThresholdState(prune, optimizer.init(prune.thresholds))
+        return LearnedThresholdState(prune, optimizer.init(ravel_pytree(prune.thresholds)[0]))
 
     def soften(params, thresholds, state, step):
         pruned, counts = transform.soft_prune_and_count(
@@ -161,14 +162,14 @@ def step_thresholds(
       optimizer: the thresholds' optimizer.
       t0: that of the temperatures.
     """
-    spread = {path: jnp.sqrt(temperature / t0) for path, temperature in state.prune.temperatures.items()}
-    r = {path: jnp.sqrt(method.valid_threshold(tau)) / spread[path] for path, tau in state.thresholds.items()}
+    tau, by_path = ravel_pytree(state.thresholds)
+    spread = jnp.sqrt(ravel_pytree(state.prune.temperatures)[0] / t0)
+    r = jnp.sqrt(method.valid_threshold(tau)) / spread
     # ∂τ/∂r = 2 r · spread² vanishes at r = 0, where every run starts: it is taken no smaller than at a hundredth.
-    r_grads = {path: g * 2 * jnp.maximum(r[path], 0.01) * spread[path] ** 2 for path, g in grads.items()}
+    r_grads = ravel_pytree(grads)[0] * 2 * jnp.maximum(r, 0.01) * jnp.square(spread)
     updates, optimizer_state = optimizer.update(finite_or_zero(r_grads), state.optimizer, r)
-    r = jax.tree.map(lambda value, update: jnp.maximum(value + update, 0), r, updates)
-    thresholds = jax.tree.map(lambda value, unit: jnp.square(value * unit), r, spread)
-    return LearnedThresholdState(state.prune.replace(thresholds=thresholds), optimizer_state)
+    r = jnp.maximum(cast(jax.Array, optax.apply_updates(r, updates)), 0)
+    return LearnedThresholdState(state.prune.replace(thresholds=by_path(jnp.square(r * spread))), optimizer_state)
 
 
 def project(params: Params, old_params: Params, thresholds: Scalars, fixed: ArrayLike) -> Params:
@@ -192,10 +193,9 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: Arra
     return map_selected(kept, params, thresholds)
 
 
-def finite_or_zero(grads: Scalars) -> Scalars:
+def finite_or_zero(grads: jax.Array) -> jax.Array:
     """The gradients, or zeros if one of them is not finite: a single bad batch would prune everything for good.
 
     Optimizers of weights are guarded against one by ``optax.apply_if_finite`` or by scaling the loss.
     """
-    finite = jnp.all(jnp.concatenate([jnp.isfinite(g).ravel() for g in grads.values()])) if grads else True
-    return {path: jnp.where(finite, g, 0) for path, g in grads.items()}
+    return jnp.where(jnp.all(jnp.isfinite(grads)), grads, 0)

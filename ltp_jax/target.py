@@ -7,6 +7,9 @@ penalty, which is thereby set by the budget and no longer by the user.
 
 The offsets begin where the scores of LAMP would put the thresholds of the target. The score of a weight has no scale,
 so that rescaling a layer that batch normalisation follows does not change what is pruned, as with eq. 15.
+
+What there is of each layer is taken as one row, float32 ``[layers]``, in the order in which ``ravel_pytree`` puts the
+thresholds: as many scalars would each cost a compiler and a device an operation of its own.
 """
 
 import math
@@ -17,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
@@ -32,6 +36,8 @@ SLOPE_WIDTH = 0.1
 """Distance in ``log √τ`` to both sides over which slopes are measured: wide enough for a layer of a hundred weights."""
 MAX_STEP = 0.3
 """Most that ``log m`` moves in a training step."""
+SCORE_BITS = 15
+"""Of LAMP's least score that are settled: the exponent and seven of the fraction, a step of 0.8 %."""
 
 
 class TargetState(flax.struct.PyTreeNode):
@@ -40,14 +46,14 @@ class TargetState(flax.struct.PyTreeNode):
     Attributes:
       prune: what the verbs of the library take.
       log_scale: ``log m``, a float32 scalar; ``m`` has no unit, and 1 is the target as LAMP has it.
-      offsets: ``a_l``; ``exp(a_l)`` is in units of ``w``.
+      offsets: ``a_l``, a row; ``exp(a_l)`` is in units of ``w``.
       optimizer: the state of the offsets' optimizer.
       fixed: whether the masks are, a bool scalar.
     """
 
     prune: PruneState
     log_scale: jax.Array
-    offsets: Scalars
+    offsets: jax.Array
     optimizer: optax.OptState
     fixed: jax.Array
 
@@ -108,8 +114,8 @@ def target_density(
         and comes back. It falls linearly to zero at ``select_steps``: at first many weights are tried, in the end
         their choice settles. 0 is eq. 14; 0.3 gained up to half a point from 64 times on on LeNet-300-100, and nothing
         on LeNet-5.
-      optimizer: of the offsets ``a_l``, dimensionless; Adam at 3e-4 if nothing is said. At a hundred times that a
-        layer was seen to run empty.
+      optimizer: of the offsets ``a_l``, dimensionless and in one array; Adam at 3e-4 if nothing is said. At a hundred
+        times that a layer was seen to run empty.
       costs: what a weight of each tensor costs, by path, such as its uses per image for a budget of
         multiply-accumulates. By default every weight costs one.
 
@@ -149,7 +155,8 @@ def target_density(
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
         # said of the weights that are not zero already: no threshold can leave more than those.
         measured = measure(params, prune.thresholds, shares)
-        scale = solve_scale(params, offsets, measured.largest, measured.present * planned(1), shares)
+        aim = measured.present * planned(1)
+        scale = solve_scale(params, prune.thresholds, offsets, measured.largest, aim, shares)
         return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
 
     def soften(params, thresholds, state, step):
@@ -167,24 +174,23 @@ def target_density(
         move = newton_step(measured.density, measured.slopes, wanted)
         log_scale = state.log_scale + jnp.where((step == 0) | (wanted >= measured.present), 0, move)
         # ∂L/∂a = 2τ · ∂L/∂τ
-        loss_grads = finite_or_zero({path: g * 2 * state.thresholds[path] for path, g in grads.items()})
+        tau, by_path = ravel_pytree(state.thresholds)
+        loss_grads = finite_or_zero(ravel_pytree(grads)[0] * 2 * tau)
         updates, optimizer_state = optimizer.update(
             without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
-        moved = cast(Scalars, optax.apply_updates(state.offsets, updates))
+        moved = cast(jax.Array, optax.apply_updates(state.offsets, updates))
         offsets = below_the_largest(moved, log_scale, measured.largest)
-        prune = state.prune.replace(thresholds=scaled_thresholds(jnp.exp(log_scale), offsets))
+        prune = state.prune.replace(thresholds=by_path(scaled_thresholds(jnp.exp(log_scale), offsets)))
         selected = TargetState(prune, log_scale, offsets, optimizer_state, state.fixed)
         fix_now = (step + 1 >= select_steps) & ~state.fixed
         exact = jax.lax.cond(
             fix_now,
-            lambda: exact_thresholds(params, offsets, density, shares),
-            lambda: jax.tree.map(lambda tau: jnp.full_like(tau, FIXED_THRESHOLD), offsets),
+            lambda: exact_thresholds(params, state.thresholds, offsets, density, shares),
+            lambda: jax.tree.map(lambda tau: jnp.full_like(tau, FIXED_THRESHOLD), state.thresholds),
         )
-        hard = state.replace(
-            prune=PruneState(exact, jax.tree.map(lambda t: jnp.full_like(t, FIXED_TEMPERATURE), offsets)),
-            fixed=jnp.ones((), bool),
-        )
+        cold = jax.tree.map(lambda t: jnp.full_like(t, FIXED_TEMPERATURE), state.prune.temperatures)
+        hard = state.replace(prune=PruneState(exact, cold), fixed=jnp.ones((), bool))
         return params, jax.tree.map(lambda soft, hard: jnp.where(state.fixed | fix_now, hard, soft), selected, hard)
 
     def harden(params, state):
@@ -193,39 +199,57 @@ def target_density(
     return Pruner(init, soften, update, harden)
 
 
-def scaled_thresholds(scale: jax.Array, offsets: Scalars) -> Scalars:
-    """``τ_l = (m · exp(a_l))²`` in units of ``w²``."""
-    return {path: jnp.square(scale * jnp.exp(a)) for path, a in offsets.items()}
+def scaled_thresholds(scale: jax.Array, offsets: jax.Array) -> jax.Array:
+    """``τ_l = (m · exp(a_l))²`` in units of ``w²``, a row as the offsets are."""
+    return jnp.square(scale * jnp.exp(offsets))
 
 
-def lamp_offsets(params: Params, thresholds: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
-    """``log √τ_l`` of the thresholds by which LAMP (Lee et al., arXiv 2010.07611) leaves a density.
+def lamp_offsets(params: Params, thresholds: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> jax.Array:
+    """``log √τ_l`` of the thresholds by which LAMP (Lee et al., arXiv 2010.07611) leaves a density, a row.
 
     The score of a weight is ``w² / Σ u²`` over the weights ``u`` of its layer that are no smaller than it. Weights of
-    all layers are compared by it. That of the largest weight of a layer is 1, so that no layer is left empty, and
-    small layers stay denser than large ones. Sorts each layer once. Of the thresholds only the shapes are looked at;
-    the other arguments are as for ``exact_thresholds``.
+    all layers are compared by it. A layer keeps its largest weight, and small layers stay denser than large ones.
+
+    Nothing is sorted: a sort of one layer can take the compiler for a TPU half a minute. The least score is found by
+    halving, to a hundredth, which will do for a beginning, and so are the sizes that reach a score. Arguments as for
+    ``exact_thresholds``.
     """
-    leaves = dict(named_leaves(params))
-    rows = {path: _rows(jnp.square(leaves[path].astype(jnp.float32)), tau.shape) for path, tau in thresholds.items()}
-    squares = {path: jnp.sort(row) for path, row in rows.items()}
-    scores = {path: w / jnp.cumsum(w[..., ::-1], -1)[..., ::-1] for path, w in squares.items()}  # ascending as well
-    place = jnp.vectorize(jnp.searchsorted, signature="(n),()->()")
-    pick = jnp.vectorize(lambda values, i: values[jnp.minimum(i, values.size - 1)], signature="(n),()->()")
+    leaves, by_path = dict(named_leaves(params)), ravel_pytree(thresholds)[1]
+    squares = {path: jnp.square(leaves[path].astype(jnp.float32)) for path in thresholds}
+    share = _shares(thresholds, shares)
+    largest = _row({path: method.over_layers(jnp.max, squares[path], tau.shape) for path, tau in thresholds.items()})
+
+    def reduced(fn: Callable[[jax.Array, jax.Array], jax.Array], row: jax.Array) -> jax.Array:
+        return _row({path: fn(squares[path], tau) for path, tau in by_path(row).items()})
+
+    def not_smaller(square: jax.Array, tau: jax.Array) -> jax.Array:
+        return method.layer_sums(jnp.where(square >= tau, square, 0), tau.shape)
+
+    def reaching(score: jax.Array) -> jax.Array:
+        # The scores of a layer grow with its weights: those that reach a score are those that reach a size.
+        found = _smallest_float(lambda row: row >= score * reduced(not_smaller, row), largest.shape)
+        return jnp.minimum(found, largest)
 
     def left(score: jax.Array) -> jax.Array:
-        counts = {path: values.shape[-1] - place(values, score) for path, values in scores.items()}
-        return transform.total_cost(counts, shares)
+        below = by_path(jnp.nextafter(reaching(score), jnp.float32(0)))
+        return jnp.sum(share * _row({path: _counts(leaves[path], (tau,))[0][0] for path, tau in below.items()}))
 
-    smallest = jnp.minimum(_smallest_float(lambda score: left(score) <= density * (1 + 1e-6)), 1)
-    found = {path: pick(squares[path], place(values, smallest)) for path, values in scores.items()}
-    return {path: jnp.log(square).reshape(thresholds[path].shape) / 2 for path, square in found.items()}
+    score = _smallest_float(lambda score: left(score) <= density * (1 + 1e-6), bits=SCORE_BITS)
+
+    def next_weight(square: jax.Array, tau: jax.Array) -> jax.Array:
+        return method.over_layers(jnp.min, jnp.where(square >= tau, square, jnp.inf), tau.shape)
+
+    return jnp.log(reduced(next_weight, reaching(jnp.minimum(score, 1)))) / 2
 
 
-def _rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The weights of each layer in a row. An explicit mesh does not gather by itself what is sorted."""
-    stack = [axis for axis, n in enumerate(shape) if n > 1]
-    return jnp.moveaxis(method.unsplit(x), stack, range(len(stack))).reshape(*(shape[axis] for axis in stack), -1)
+def _row(scalars: Scalars) -> jax.Array:
+    """What there is of each layer by path, as a row."""
+    return ravel_pytree(jax.tree.map(jnp.float32, scalars))[0]
+
+
+def _shares(thresholds: Scalars, shares: Mapping[str, float]) -> jax.Array:
+    """The share of one weight of each layer, a row."""
+    return _row({path: jnp.full_like(tau, shares[path]) for path, tau in thresholds.items()})
 
 
 class Measured(NamedTuple):
@@ -234,14 +258,14 @@ class Measured(NamedTuple):
     Attributes:
       density: a float32 scalar in [0, 1].
       present: the density of thresholds of zero.
-      slopes: what the density loses per unit of ``log √τ_l``; not negative.
-      largest: the largest ``w²``.
+      slopes: what the density loses per unit of ``log √τ_l``, a row; not negative.
+      largest: the largest ``w²`` of each layer, a row.
     """
 
     density: jax.Array
     present: jax.Array
-    slopes: Scalars
-    largest: Scalars
+    slopes: jax.Array
+    largest: jax.Array
 
 
 def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) -> Measured:
@@ -253,64 +277,66 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
       shares: the cost of one weight of each tensor over that of all weights, by path.
     """
     leaves = dict(named_leaves(params))
-    density = present = jnp.zeros((), jnp.float32)
-    slopes, largest = {}, {}
     width = math.exp(2 * SLOPE_WIDTH)
-    for path, share in shares.items():
-        tau = thresholds[path]
-        levels = (jnp.zeros_like(tau), tau / width, tau, tau * width)
-        (nonzero, below, kept, above), largest[path] = _counts(leaves[path], levels)
-        # As float32: a stack may have more weights than int32 counts.
-        density += share * jnp.sum(kept.astype(jnp.float32))
-        present += share * jnp.sum(nonzero.astype(jnp.float32))
-        slopes[path] = share * (below - above).astype(jnp.float32) / (2 * SLOPE_WIDTH)
-    return Measured(density, present, slopes, largest)
+    measured = {
+        path: _counts(leaves[path], (jnp.zeros_like(tau), tau / width, tau, tau * width))
+        for path, tau in thresholds.items()
+    }
+    # As float32: a stack may have more weights than int32 counts.
+    share = _shares(thresholds, shares)
+    nonzero, below, kept, above = (
+        share * _row({path: counts[level] for path, (counts, _) in measured.items()}) for level in range(4)
+    )
+    return Measured(
+        density=jnp.sum(kept),
+        present=jnp.sum(nonzero),
+        slopes=(below - above) / (2 * SLOPE_WIDTH),
+        largest=_row({path: largest for path, (_, largest) in measured.items()}),
+    )
 
 
-def below_the_largest(offsets: Scalars, log_scale: jax.Array, largest: Scalars) -> Scalars:
+def below_the_largest(offsets: jax.Array, log_scale: jax.Array, largest: jax.Array) -> jax.Array:
     """The offsets, lowered where a layer would be left without a weight: its threshold stays below its largest.
 
     Args:
-      offsets: ``a_l`` by path.
+      offsets: ``a_l``, a row.
       log_scale: ``log m``.
-      largest: ``w²`` of the largest weight of each layer, by path.
+      largest: ``w²`` of the largest weight of each layer, a row.
     """
     # A thousandth, so that rounding leaves the threshold below; the least normal number, for a layer of zeros.
     tiny = jnp.finfo(jnp.float32).tiny
-    return {
-        path: jnp.minimum(a, jnp.log(jnp.maximum(largest[path], tiny)) / 2 - 1e-3 - log_scale)
-        for path, a in offsets.items()
-    }
+    return jnp.minimum(offsets, jnp.log(jnp.maximum(largest, tiny)) / 2 - 1e-3 - log_scale)
 
 
-def newton_step(density: jax.Array, slopes: Scalars, planned: jax.Array) -> jax.Array:
+def newton_step(density: jax.Array, slopes: jax.Array, planned: jax.Array) -> jax.Array:
     """How much ``log m`` has to move for the density to be the planned one: a Newton step on its logarithm, bounded.
 
     Args:
       density: the present one.
-      slopes: what it loses per unit of ``log √τ_l``, by path.
+      slopes: what it loses per unit of ``log √τ_l``, a row.
       planned: the density wanted.
     """
     density = jnp.maximum(density, 1e-9)
-    slope = transform.total_cost(slopes) / density
+    slope = jnp.sum(slopes) / density
     # Selection empties the surroundings of a threshold: the slope there would throw it far into the weights beyond.
     # For normally distributed weights the slope is about −1.3 log density; less than half of that is not believed.
     slope = jnp.maximum(slope, -0.65 * jnp.log(density))
     return jnp.clip(jnp.log(density / planned) / jnp.maximum(slope, 1e-3), -MAX_STEP, MAX_STEP)
 
 
-def without_component(grads: Scalars, direction: Scalars) -> Scalars:
-    """The gradients less their component along a direction, both by path: what is left keeps the budget.
+def without_component(grads: jax.Array, direction: jax.Array) -> jax.Array:
+    """The gradients less their component along a direction, both rows: what is left keeps the budget.
 
     The coefficient of the component, ``<g, b> / <b, b>``, is the multiplier λ of the penalty.
     """
-    along = transform.total_cost({path: g * direction[path] for path, g in grads.items()})
-    norm = transform.total_cost({path: b * b for path, b in direction.items()})
-    multiplier = along / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
-    return {path: g - multiplier * direction[path] for path, g in grads.items()}
+    norm = jnp.sum(jnp.square(direction))
+    multiplier = jnp.sum(grads * direction) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+    return grads - multiplier * direction
 
 
-def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, shares: Mapping[str, float]) -> Scalars:
+def exact_thresholds(
+    params: Params, thresholds: Scalars, offsets: jax.Array, density: ArrayLike, shares: Mapping[str, float]
+) -> Scalars:
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
     Each is moved half way to the smallest weight that it keeps: it would else be the size of a weight, whose soft mask
@@ -319,14 +345,14 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
 
     Args:
       params: the parameters.
-      offsets: ``a_l`` by path.
+      thresholds: scalars by path that have the shapes of the thresholds; their values are not looked at.
+      offsets: ``a_l``, a row.
       density: share of the total cost that is left, in (0, 1].
       shares: the cost of one weight of each tensor over that of all weights, by path.
     """
-    leaves = dict(named_leaves(params))
-    largest = {path: _counts(leaves[path], (a,))[1] for path, a in offsets.items()}
-    scale = solve_scale(params, offsets, largest, density, shares)
-    thresholds = keep_one(scaled_thresholds(scale, offsets), largest)
+    leaves, by_path = dict(named_leaves(params)), ravel_pytree(thresholds)[1]
+    largest = _row({path: _counts(leaves[path], (tau,))[1] for path, tau in thresholds.items()})
+    scale = solve_scale(params, thresholds, offsets, largest, density, shares)
 
     def between(w: jax.Array, tau: jax.Array) -> jax.Array:
         squares = jnp.where(method.hard_mask(w, tau), jnp.square(w.astype(jnp.float32)), jnp.inf)
@@ -334,21 +360,27 @@ def exact_thresholds(params: Params, offsets: Scalars, density: ArrayLike, share
         middle = tau + (above - tau) / 2
         return jnp.where(middle < above, middle, tau)
 
-    return {path: between(leaves[path], tau) for path, tau in thresholds.items()}
+    kept = by_path(jax.lax.optimization_barrier(keep_one(scaled_thresholds(scale, offsets), largest)))
+    return {path: between(leaves[path], tau) for path, tau in kept.items()}
 
 
-def keep_one(thresholds: Scalars, largest: Scalars) -> Scalars:
-    """The thresholds by path, lowered where a layer would be left without a weight: it keeps its largest.
+def keep_one(thresholds: jax.Array, largest: jax.Array) -> jax.Array:
+    """The thresholds, lowered where a layer would be left without a weight: it keeps its largest.
 
     Args:
-      thresholds: ``τ`` by path.
-      largest: ``w²`` of the largest weight of each layer, by path.
+      thresholds: ``τ``, a row.
+      largest: ``w²`` of the largest weight of each layer, a row.
     """
-    return {path: jnp.minimum(tau, jnp.nextafter(largest[path], jnp.float32(0))) for path, tau in thresholds.items()}
+    return jnp.minimum(thresholds, jnp.nextafter(largest, jnp.float32(0)))
 
 
 def solve_scale(
-    params: Params, offsets: Scalars, largest: Scalars, density: ArrayLike, shares: Mapping[str, float]
+    params: Params,
+    thresholds: Scalars,
+    offsets: jax.Array,
+    largest: jax.Array,
+    density: ArrayLike,
+    shares: Mapping[str, float],
 ) -> jax.Array:
     """The smallest ``m`` that leaves no more than a density, where each layer keeps its largest weight.
 
@@ -356,33 +388,43 @@ def solve_scale(
     the weights settle it to the last bit, without a sort, a copy, or a gathering of weights that lie on many devices.
     Arguments as for ``exact_thresholds`` and ``keep_one``.
     """
-    leaves = dict(named_leaves(params))
+    leaves, by_path = dict(named_leaves(params)), ravel_pytree(thresholds)[1]
+    share = _shares(thresholds, shares)
 
-    def left(thresholds: Scalars) -> jax.Array:
-        kept = keep_one(thresholds, largest)
-        return transform.total_cost({path: _counts(leaves[path], (tau,))[0][0] for path, tau in kept.items()}, shares)
+    def left(row: jax.Array) -> jax.Array:
+        kept = by_path(jax.lax.optimization_barrier(keep_one(row, largest)))
+        return jnp.sum(share * _row({path: _counts(leaves[path], (tau,))[0][0] for path, tau in kept.items()}))
 
     # Where many weights of one size are the largest of their layers, they alone may be more than that. Then no scale is
     # enough, and each layer is taken to have one of them: the others shall not be emptied in vain.
-    least = left({path: jnp.full_like(a, jnp.inf) for path, a in offsets.items()})
-    one_each = transform.total_cost({path: jnp.ones_like(a) for path, a in offsets.items()}, shares)
+    least = left(jnp.full_like(offsets, jnp.inf))
     aim = density * (1 + 1e-6)
-    aim = jnp.where(least > aim, aim + (least - one_each), aim)
+    aim = jnp.where(least > aim, aim + (least - jnp.sum(share)), aim)
     return _smallest_float(lambda scale: left(scaled_thresholds(scale, offsets)) <= aim)
 
 
-def _smallest_float(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The smallest positive float32 number that is enough, where every larger one is enough as well."""
+def _smallest_float(enough: Callable[[jax.Array], jax.Array], shape: tuple[int, ...] = (), bits: int = 31) -> jax.Array:
+    """The smallest positive float32 numbers that are enough, where every larger one is enough as well.
+
+    Args:
+      enough: of numbers of that shape, each by itself.
+      shape: that of the result.
+      bits: how many of a number's bits are settled, from the highest on; the others are zero.
+    """
+    unit = 31 - bits
+
+    def number(high: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(high << unit, jnp.float32)
 
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        is_enough = enough(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        is_enough = enough(number(middle))
         return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
-    largest = jax.lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32)
-    high = jax.lax.fori_loop(0, 32, halve, (jnp.int32(0), largest))[1]
-    return jax.lax.bitcast_convert_type(high, jnp.float32)
+    largest = jax.lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) >> unit
+    bounds = jnp.zeros(shape, jnp.int32), jnp.full(shape, largest)
+    return number(jax.lax.fori_loop(0, bits + 1, halve, bounds)[1])
 
 
 def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:

@@ -23,7 +23,7 @@ W = {"kernel": jnp.array([[1.0, -1.0], [3.0, -3.0]])}
 def threshold_state(optimizer, tau, params=W, t0=1e-3):
     prune = ltp.init(params, ltp.plan(params), t0)
     return pruners.LearnedThresholdState(
-        prune.replace(thresholds={"kernel": jnp.float32(tau)}), optimizer.init(prune.thresholds)
+        prune.replace(thresholds={"kernel": jnp.float32(tau)}), optimizer.init(jnp.zeros(1))
     )
 
 

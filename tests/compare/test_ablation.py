@@ -97,11 +97,11 @@ def test_other_offsets_begin_with_as_many_weights():
     # In units of 2 and 1, the weights above a scale of 1.5 are 4 and 8, and 3 and 5: four of eight. Of the weights as
     # they are, 1 1 1.2 2 3 4 5 8, four lie above 2.5.
     params = {"a": {"kernel": jnp.array([[1.0, -2, 4, 8]])}, "b": {"kernel": jnp.array([[1.0, 3, -5, 1.2]])}}
-    own = {"a/kernel": jnp.log(2.0), "b/kernel": jnp.zeros(())}
-    state = TargetState(PruneState({}, {}), jnp.log(1.5), own, (), jnp.zeros((), bool))
+    own, tau = jnp.log(jnp.array([2.0, 1.0])), {"a/kernel": jnp.zeros(()), "b/kernel": jnp.zeros(())}
+    state = TargetState(PruneState(tau, {}), jnp.log(1.5), own, (), jnp.zeros((), bool))
     pruner = target_density(ltp.plan(params), 0.5, prune_steps=1, select_steps=1)._replace(init=lambda params: state)
     found = ablation_variants.starting(lambda job: pruner, ablation_variants.at_zero)(job(params)).init(params)
-    assert {path: float(a) for path, a in found.offsets.items()} == {"a/kernel": 0, "b/kernel": 0}
+    assert found.offsets.tolist() == [0, 0]
     assert float(jnp.exp(found.log_scale)) == pytest.approx(2.5)
     # |w| of 1 and 3, and of 1 and 1 + 2e: deviations of 1 and e.
     params = {"a": {"kernel": jnp.array([[1.0, -3]])}, "b": {"kernel": jnp.array([[-1.0, 1 + 2 * np.e]])}}

@@ -195,6 +195,12 @@ def test_methods_run_with_the_setting_of_another(tune, monkeypatch):
             dataclasses.replace(eighth, select=0.75, leak=settings.LEAK),
         ),
     ]
+    # A longer run borrows it, too: it needs no tuning of its own length.
+    ran.clear()
+    longer = dataclasses.replace(config, epochs=30, methods=("one_shot",))
+    compare.grid(longer, None)
+    file = config.results / "setting_of_gmp_global_fashion_mnist_lenet_300_100_30_epochs" / "one_shot_8_4.json"
+    assert ran == [([(file, 4)], "one_shot", 8, eighth)]
     with pytest.raises(ConfigError, match=r"30 runs .* --methods ltp "):
         compare.grid(dataclasses.replace(config, setting_of="ltp"), None)
     dataclasses.replace(config, command="report", methods=("str",)).check()
