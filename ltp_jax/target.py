@@ -217,7 +217,7 @@ def lamp_offsets(params: Params, thresholds: Scalars, density: ArrayLike, shares
     leaves, by_path = dict(named_leaves(params)), ravel_pytree(thresholds)[1]
     squares = {path: jnp.square(leaves[path].astype(jnp.float32)) for path in thresholds}
     share = _shares(thresholds, shares)
-    largest = _row({path: method.over_layers(jnp.max, squares[path], tau.shape) for path, tau in thresholds.items()})
+    largest = _row({path: _counts(leaves[path], (tau,))[1] for path, tau in thresholds.items()})
 
     def reduced(fn: Callable[[jax.Array, jax.Array], jax.Array], row: jax.Array) -> jax.Array:
         return _row({path: fn(squares[path], tau) for path, tau in by_path(row).items()})
@@ -360,7 +360,7 @@ def exact_thresholds(
         middle = tau + (above - tau) / 2
         return jnp.where(middle < above, middle, tau)
 
-    kept = by_path(jax.lax.optimization_barrier(keep_one(scaled_thresholds(scale, offsets), largest)))
+    kept = by_path(keep_one(scaled_thresholds(scale, offsets), largest))
     return {path: between(leaves[path], tau) for path, tau in kept.items()}
 
 
@@ -392,7 +392,7 @@ def solve_scale(
     share = _shares(thresholds, shares)
 
     def left(row: jax.Array) -> jax.Array:
-        kept = by_path(jax.lax.optimization_barrier(keep_one(row, largest)))
+        kept = by_path(keep_one(row, largest))
         return jnp.sum(share * _row({path: _counts(leaves[path], (tau,))[0][0] for path, tau in kept.items()}))
 
     # Where many weights of one size are the largest of their layers, they alone may be more than that. Then no scale is
