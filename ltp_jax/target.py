@@ -219,27 +219,29 @@ def lamp_offsets(params: Params, thresholds: Scalars, density: ArrayLike, shares
     share = _shares(thresholds, shares)
     largest = _row({path: _counts(leaves[path], (tau,))[1] for path, tau in thresholds.items()})
 
-    def reduced(fn: Callable[[jax.Array, jax.Array], jax.Array], row: jax.Array) -> jax.Array:
-        return _row({path: fn(squares[path], tau) for path, tau in by_path(row).items()})
+    def not_smaller(row: jax.Array) -> jax.Array:
+        kept = {path: jnp.where(squares[path] >= tau, squares[path], 0) for path, tau in by_path(row).items()}
+        return _row({path: method.layer_sums(square, thresholds[path].shape) for path, square in kept.items()})
 
-    def not_smaller(square: jax.Array, tau: jax.Array) -> jax.Array:
-        return method.layer_sums(jnp.where(square >= tau, square, 0), tau.shape)
-
-    def reaching(score: jax.Array) -> jax.Array:
+    def below(score: jax.Array) -> Scalars:
         # The scores of a layer grow with its weights: those that reach a score are those that reach a size.
-        found = _smallest_float(lambda row: row >= score * reduced(not_smaller, row), largest.shape)
-        return jnp.minimum(found, largest)
+        size = _smallest_float(lambda row: row >= score * not_smaller(row), largest.shape)
+        return by_path(jnp.nextafter(jnp.minimum(size, largest), jnp.float32(0)))
 
-    def left(score: jax.Array) -> jax.Array:
-        below = by_path(jnp.nextafter(reaching(score), jnp.float32(0)))
-        return jnp.sum(share * _row({path: _counts(leaves[path], (tau,))[0][0] for path, tau in below.items()}))
+    score = _smallest_float(lambda score: _left(leaves, below(score), share) <= density * (1 + 1e-6), bits=SCORE_BITS)
+    found = below(jnp.minimum(score, 1))
+    return jnp.log(_row({path: _smallest_kept(leaves[path], tau) for path, tau in found.items()})) / 2
 
-    score = _smallest_float(lambda score: left(score) <= density * (1 + 1e-6), bits=SCORE_BITS)
 
-    def next_weight(square: jax.Array, tau: jax.Array) -> jax.Array:
-        return method.over_layers(jnp.min, jnp.where(square >= tau, square, jnp.inf), tau.shape)
+def _left(leaves: Mapping[str, jax.Array], thresholds: Scalars, share: jax.Array) -> jax.Array:
+    """The density under some thresholds, of tensors by path and the shares of their layers."""
+    return jnp.sum(share * _row({path: _counts(leaves[path], (tau,))[0][0] for path, tau in thresholds.items()}))
 
-    return jnp.log(reduced(next_weight, reaching(jnp.minimum(score, 1)))) / 2
+
+def _smallest_kept(w: jax.Array, threshold: jax.Array) -> jax.Array:
+    """The least ``w²`` of each layer that survives a threshold."""
+    squares = jnp.where(method.hard_mask(w, threshold), jnp.square(w.astype(jnp.float32)), jnp.inf)
+    return method.over_layers(jnp.min, squares, threshold.shape)
 
 
 def _row(scalars: Scalars) -> jax.Array:
@@ -355,8 +357,7 @@ def exact_thresholds(
     scale = solve_scale(params, thresholds, offsets, largest, density, shares)
 
     def between(w: jax.Array, tau: jax.Array) -> jax.Array:
-        squares = jnp.where(method.hard_mask(w, tau), jnp.square(w.astype(jnp.float32)), jnp.inf)
-        above = method.over_layers(jnp.min, squares, tau.shape)
+        above = _smallest_kept(w, tau)
         middle = tau + (above - tau) / 2
         return jnp.where(middle < above, middle, tau)
 
@@ -392,8 +393,7 @@ def solve_scale(
     share = _shares(thresholds, shares)
 
     def left(row: jax.Array) -> jax.Array:
-        kept = by_path(keep_one(row, largest))
-        return jnp.sum(share * _row({path: _counts(leaves[path], (tau,))[0][0] for path, tau in kept.items()}))
+        return _left(leaves, by_path(keep_one(row, largest)), share)
 
     # Where many weights of one size are the largest of their layers, they alone may be more than that. Then no scale is
     # enough, and each layer is taken to have one of them: the others shall not be emptied in vain.

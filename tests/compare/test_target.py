@@ -170,7 +170,7 @@ def test_lamp_is_where_a_sort_would_have_it(density):
 
 
 def test_nothing_is_sorted():
-    # It took the compiler for a TPU so long that a ResNet-50 did not begin.
+    # A sort of one layer can take the compiler for a TPU half a minute.
     params, pruner = initial_params(), pruner_to(16)
     state = pruner.init(params)
     made = jax.make_jaxpr(pruner.init)(params)
