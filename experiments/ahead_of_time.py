@@ -1,4 +1,4 @@
-"""Compiles a training step for a TPU slice that is not there, and reads the compiler's figures.
+"""Compiles the programs of a run for a TPU slice that is not there, and reads the compiler's figures.
 
 ``compile_step`` does it in a process of its own: a compilation cannot be stopped otherwise, and libtpu must not be
 loaded where a run is to use another backend.
@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle  # a network has functions as fields, which pickle alone cannot name
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 import ltp_jax as ltp
 from experiments.chips import topology as find_topology
@@ -30,9 +31,9 @@ from experiments.config import LtpConfig, TrainConfig
 from experiments.run import ltp_pruner, weights_optimizer
 from ltp_jax.adapters import linen_apply
 from ltp_jax.costs import uses_per_input
-from ltp_jax.pruner import dense
-from ltp_jax.sharding import batch_sharding, make_mesh, state_sharding
-from ltp_jax.training import create_state, cross_entropy, make_train_step
+from ltp_jax.pruner import Pruner, dense
+from ltp_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from ltp_jax.training import TrainState, create_state, cross_entropy, make_train_step
 
 
 class CompileError(Exception):
@@ -53,7 +54,7 @@ class DoesNotFit(CompileError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """A training step to be compiled.
+    """A training step to be compiled, or what makes the state before the first one.
 
     Attributes:
       module: the network, in the compute dtype that it is to have.
@@ -63,6 +64,7 @@ class Step:
       train_size: images of an epoch.
       fsdp: devices that each parameter is split over.
       topology: the slice, such as ``v5e:4x4``.
+      beginning: to compile what makes the state of a run from a dense network, in place of a step.
     """
 
     module: nn.Module
@@ -72,6 +74,7 @@ class Step:
     train_size: int
     fsdp: int
     topology: str
+    beginning: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,23 +113,50 @@ class Figures:
     compile_seconds: float
 
 
-def abstract_step(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """The step as ``jax.jit`` has it in a run, with the shapes of its state and batch."""
+class Parts(NamedTuple):
+    """What the programs of a run are made of.
+
+    Attributes:
+      network: the shapes of the dense network, ``params`` and ``batch_stats``.
+      optimizer: of the weights.
+      pruner: the pruning.
+    """
+
+    network: dict[str, Any]
+    optimizer: optax.GradientTransformation
+    pruner: Pruner
+
+    def begin(self, key: jax.Array, network: dict[str, Any]) -> TrainState:
+        """The state before the first step."""
+        return create_state(network["params"], network["batch_stats"], self.optimizer, self.pruner, key)
+
+
+def parts(step: Step) -> Parts:
+    """Those of a step's run."""
     steps_per_epoch = max(step.train_size // step.train.batch_size, 1)
     image = jax.ShapeDtypeStruct((1, *step.image_shape), jnp.float32)
     variables = jax.eval_shape(lambda x: step.module.init(jax.random.key(0), x, train=False), image)
-    optimizer = weights_optimizer(step.train, steps_per_epoch)
     pruner = dense()
     if step.ltp is not None:
         plan = ltp.plan(variables["params"])
         steps = step.train.epochs * steps_per_epoch
         pruner = ltp_pruner(step.ltp, plan, steps, lambda: uses_per_input(step.module, image, plan, train=False))
-    state = jax.eval_shape(
-        lambda key, params, batch_stats: create_state(params, batch_stats, optimizer, pruner, key),
-        jax.random.key(0),
-        variables["params"],
-        variables.get("batch_stats", {}),
-    )
+    network = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return Parts(network, weights_optimizer(step.train, steps_per_epoch), pruner)
+
+
+def abstract_beginning(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """The making of a run's first state as ``jax.jit`` has it there, with the shapes of its key and network."""
+    run = parts(step)
+    arguments = jax.eval_shape(lambda: jax.random.key(0)), run.network
+    shardings = state_sharding(jax.eval_shape(run.begin, *arguments), mesh)
+    return jax.jit(run.begin, in_shardings=replicated(mesh), out_shardings=shardings), *arguments
+
+
+def abstract_step(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """The step as ``jax.jit`` has it in a run, with the shapes of its state and batch."""
+    run = parts(step)
+    state = jax.eval_shape(run.begin, jax.random.key(0), run.network)
     # Which numbers images are normalised with makes no difference to what it costs.
     apply = linen_apply(step.module, lambda images: (images.astype(jnp.float32) - 127.0) / 63.0)
     rows = step.train.batch_size
@@ -137,7 +167,7 @@ def abstract_step(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     }
     shardings = state_sharding(state, mesh)
     function = jax.jit(
-        make_train_step(apply, optimizer, pruner, cross_entropy(step.train.label_smoothing)),
+        make_train_step(apply, run.optimizer, run.pruner, cross_entropy(step.train.label_smoothing)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
@@ -209,10 +239,10 @@ def slice_mesh(name: str, fsdp: int) -> jax.sharding.Mesh:
 
 
 def measure(step: Step) -> Figures:
-    """Compiles a step in this process, for the chips of its slice."""
+    """Compiles a step, or a beginning, in this process, for the chips of its slice."""
     mesh = slice_mesh(step.topology, step.fsdp)
-    function, state, batch = abstract_step(step, mesh)
-    lowered = function.lower(state, batch)
+    function, *arguments = abstract_beginning(step, mesh) if step.beginning else abstract_step(step, mesh)
+    lowered = function.lower(*arguments)
     start = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - start

@@ -58,7 +58,8 @@ def report(
     """Prints what the run would do, and writes it to ``dry_run.json`` in the working directory.
 
     Args:
-      config: the options; with a topology, the training step is compiled for that slice, pruning and dense.
+      config: the options; with a topology, the training step is compiled for that slice, pruning and dense, and what
+        makes the state that pruning begins with.
       module: the network, in the compute dtype of the run.
       image_size: side of the images in pixels; that of the network if nothing is said.
       train_size: images of an epoch.
@@ -66,12 +67,13 @@ def report(
       timeout: seconds that each compilation may take.
 
     Returns:
-      What is written: the facts of the run, and ``ltp`` and ``dense``, the compiler's figures, if there is a topology.
+      What is written: the facts of the run and, if there is a topology, the compiler's figures: ``ltp``, ``dense`` and
+      ``beginning``.
 
     Raises:
       ConfigError: for an unknown topology, a batch or mesh that does not go with the chips or the data, or a target
         that the network cannot meet.
-      RunError: if the step cannot be compiled.
+      RunError: if one of these cannot be compiled.
     """
     started = time.time()
     console = Console()
@@ -111,6 +113,8 @@ def report(
             console.print(f"compiling the {name} step for {topology.name}, which may take minutes …", highlight=False)
             figures = _compile(dataclasses.replace(step, ltp=method), topology, facts, timeout)
             found[name] = dataclasses.asdict(figures) | roofline(figures, topology, train.batch_size, train_size)
+        console.print(f"compiling what LTP begins with for {topology.name} …", highlight=False)
+        found["beginning"] = dataclasses.asdict(_compile_beginning(step, topology, timeout))
         console.print(_figures_table(found, topology))
     found["seconds"] = round(time.time() - started, 1)
     path = config.workdir / "dry_run.json"
@@ -224,10 +228,26 @@ def _compile(step: Step, topology: Topology, facts: dict[str, Any], timeout: flo
             f"--train.batch-size is {step.train.batch_size}, which does not fit into the "
             f"{topology.chip.memory / 2**30:.0f} GiB of a {topology.chip.name} chip on {topology.name}; {largest}"
         ) from error
-    except TooSlow as error:
-        raise RunError(f"{error}; --dry-run-timeout allows more") from error
     except CompileError as error:
-        raise RunError(f"{topology.name}: {error}") from error
+        raise _run_error(error, topology) from error
+
+
+def _compile_beginning(step: Step, topology: Topology, timeout: float) -> Figures:
+    try:
+        return compile_step(dataclasses.replace(step, beginning=True), timeout)
+    except DoesNotFit as error:
+        raise ConfigError(
+            f"what LTP begins with does not fit into the {topology.chip.memory / 2**30:.0f} GiB of a "
+            f"{topology.chip.name} chip on {topology.name}, whatever the batch; --mesh.fsdp splits the state over chips"
+        ) from error
+    except CompileError as error:
+        raise _run_error(error, topology) from error
+
+
+def _run_error(error: CompileError, topology: Topology) -> RunError:
+    if isinstance(error, TooSlow):
+        return RunError(f"{error}; --dry-run-timeout allows more")
+    return RunError(f"{topology.name}: {error}")
 
 
 def _largest_batch(step: Step, topology: Topology, facts: dict[str, Any], error: DoesNotFit, timeout: float) -> str:
@@ -305,6 +325,8 @@ def _figures_table(found: dict[str, Any], topology: Topology) -> Table:
         table.add_row(f"{kind}: MB", f"{a['bytes'] / 1e6:.2f}", f"{b['bytes'] / 1e6:.2f}", "")
         table.add_row(f"{kind}: MB sent", f"{a['sent_bytes'] / 1e6:.2f}", f"{b['sent_bytes'] / 1e6:.2f}", "")
     row("compile time, s", "compile_seconds", 1, ".0f")
+    table.add_row("of what LTP begins with: compile time, s", f"{found['beginning']['compile_seconds']:.0f}", "", "")
+    table.add_row("and its peak GiB", f"{found['beginning']['peak_bytes'] / 2**30:.2f}", "", "")
     row("roofline, compute, ms", "compute_seconds", 1e-3)
     row("roofline, memory, ms", "memory_seconds", 1e-3)
     row("roofline, interconnect, ms", "interconnect_seconds", 1e-3)

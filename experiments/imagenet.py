@@ -101,7 +101,7 @@ class ImagenetConfig(Config):
     dry_run: bool = False
     """Tell what the run would do and cost, without data or accelerator, and stop."""
     topology: str | None = None
-    """With --dry-run: compile the training step for this TPU slice, such as v5e:4x4."""
+    """With --dry-run: compile the training step, and what it begins with, for this TPU slice, such as v5e:4x4."""
     dry_run_timeout: float = COMPILE_TIMEOUT
     """With --topology: seconds that each compilation may take."""
     pretrain: ImagenetTrainConfig

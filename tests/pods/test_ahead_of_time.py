@@ -59,6 +59,10 @@ def test_dry_run_compiles_for_a_slice(tmp_path, capsys):
         assert side["collectives"]["all-reduce"]["bytes"] > 2 * found["parameters"]  # of gradients, at least bfloat16
         assert side["images_per_second"] > 0
     assert found["ltp"]["collectives"]["all-reduce"]["count"] == found["dense"]["collectives"]["all-reduce"]["count"]
+    beginning = found["beginning"]
+    assert beginning["collectives"] == {}
+    assert 4 * found["prunable"] < beginning["peak_bytes"] < found["ltp"]["peak_bytes"]
+    assert beginning["flops"] < found["ltp"]["flops"] / 10  # of no images
     assert "the compiler's figures" in capsys.readouterr().out
 
 
@@ -118,6 +122,18 @@ def test_batch_that_does_not_fit_is_refused_with_the_largest(tmp_path, monkeypat
     with pytest.raises(ConfigError, match=wanted):
         dry_run.report(options, module(), train_size=2**20)
     assert len(tried) < 20
+
+
+def test_beginning_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    def compile_step(step, timeout):
+        if step.beginning:
+            raise DoesNotFit("RESOURCE_EXHAUSTED", needed=None)
+        return Figures(flops=1, bytes_accessed=1, peak_bytes=1, collectives={}, compile_seconds=1)
+
+    monkeypatch.setattr(dry_run, "compile_step", compile_step)
+    wanted = r"^what LTP begins with does not fit into the 16 GiB of a v5e chip on v5e:2x2, .* --mesh.fsdp splits"
+    with pytest.raises(ConfigError, match=wanted):
+        dry_run.report(Options(tmp_path, topology="v5e:2x2"), module(), train_size=1257)
 
 
 def test_batch_that_never_fits_is_refused(tmp_path, monkeypatch):
