@@ -284,7 +284,6 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
         path: _counts(leaves[path], (jnp.zeros_like(tau), tau / width, tau, tau * width))
         for path, tau in thresholds.items()
     }
-    # As float32: a stack may have more weights than int32 counts.
     share = _shares(thresholds, shares)
     nonzero, below, kept, above = (
         share * _row({path: counts[level] for path, (counts, _) in measured.items()}) for level in range(4)
@@ -428,11 +427,13 @@ def _smallest_float(enough: Callable[[jax.Array], jax.Array], shape: tuple[int, 
 
 
 def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """How many weights of each layer lie above each threshold, int32 as a float32 sum of ones stops at 2²⁴, and the
-    largest ``w²``, all of the shape of a threshold.
+    """How many weights of each layer lie above each threshold, and the largest ``w²``, float32 of a threshold's shape.
 
-    XLA has no fast form of integer sums for a CPU: it writes each mask to memory first. There all of it is one
-    reduction of several operands, which takes a twentieth of the time, and which costs a TPU more than separate ones.
+    For a CPU it is one reduction of several operands, since XLA would write each mask to memory before it sums it up,
+    which takes twenty times as long. The counts are int32 there: a float32 sum of ones stops at 2²⁴. Elsewhere, as that
+    reduction costs a TPU more than separate ones, they are sums of float32, of which there a great many partial ones
+    are added up in the end. XLA makes one pass of them, of the thresholds' gradients and of the optimizer's step, and
+    would make another of sums of integers.
     """
 
     def together(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:
@@ -441,16 +442,18 @@ def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Ar
         def combine(a, b):
             return jnp.maximum(a[0], b[0]), *(x + y for x, y in zip(a[1:], b[1:], strict=True))
 
-        reduced = jax.lax.reduce((square, *masks), zeros, combine, range(w.ndim) if axes is None else axes)
-        return tuple(x if axes is None else jnp.expand_dims(method.unsplit(x), axes) for x in reduced)
+        ones = (mask.astype(jnp.int32) for mask in masks)
+        reduced = jax.lax.reduce((square, *ones), zeros, combine, range(w.ndim) if axes is None else axes)
+        whole = (x if axes is None else jnp.expand_dims(method.unsplit(x), axes) for x in reduced)
+        return tuple(x.astype(jnp.float32) for x in whole)
 
     def apart(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:
-        counts = (method.over_layers(jnp.sum, mask, shape, dtype=jnp.int32) for mask in masks)
+        counts = (method.over_layers(jnp.sum, mask, shape, dtype=jnp.float32) for mask in masks)
         return method.over_layers(jnp.max, square, shape), *counts
 
     shape = thresholds[0].shape
     axes = method.layer_axes(shape)
     square = jnp.square(w.astype(jnp.float32))
-    masks = ((square > tau).astype(jnp.int32) for tau in thresholds)
+    masks = (square > tau for tau in thresholds)
     largest, *counts = jax.lax.platform_dependent(square, *masks, cpu=together, default=apart)
     return tuple(counts), largest
