@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS, check_seeds
 from experiments.compare_report import read_cell, read_cells, save_picture, spread
+from experiments.components import kernel_decay, weights_optimizer
 from experiments.config import ConfigError, TrainConfig, require_local, write_json
 from experiments.console import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
-from experiments.run import kernel_decay, weights_optimizer
 from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"

@@ -27,8 +27,8 @@ import optax
 
 import ltp_jax as ltp
 from experiments.chips import topology as find_topology
+from experiments.components import ltp_pruner, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
-from experiments.run import ltp_pruner, weights_optimizer
 from ltp_jax.adapters import linen_apply
 from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import Pruner, dense

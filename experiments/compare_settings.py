@@ -14,8 +14,8 @@ import optax
 import ltp_jax as ltp
 from experiments import baselines, compare_report
 from experiments.compare_report import Cell
+from experiments.components import weights_optimizer
 from experiments.config import TrainConfig
-from experiments.run import weights_optimizer
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.target import target_density
 

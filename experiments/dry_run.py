@@ -17,9 +17,9 @@ import ltp_jax as ltp
 from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, TooSlow, compile_step
 from experiments.chips import Topology
 from experiments.chips import topology as find_topology
+from experiments.components import check_batch, ltp_pruner, weights_optimizer
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
 from experiments.console import RunError
-from experiments.run import check_batch, ltp_pruner, weights_optimizer
 from ltp_jax import models
 from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import dense

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import optax
 
 import ltp_jax as ltp
+from experiments.components import check_network, init_network, normalising_apply, weights_optimizer
 from experiments.config import ConfigError, TrainConfig, differences, write_json
 from experiments.data.in_memory import InMemoryDataset
-from experiments.run import check_network, init_network, normalising_apply, weights_optimizer
 from ltp_jax import models
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.trail import restore_network, save_network

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich.table import Table
 
 from ltp_jax.trail import Entry, Trail, pareto
 
@@ -66,6 +67,26 @@ def markdown(entries: Sequence[Entry], title: str) -> str:
     ]
     lines += ["", *(f"![{name}]({name}.png)" for name in ("accuracy", "density", "thresholds")), ""]
     return "\n".join(lines)
+
+
+def terminal_table(trail: Trail) -> Table:
+    """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
+    front = {entry.epoch for entry in trail.pareto()}
+    table = Table(title=f"the trail in {trail.path} (* no other entry is both sparser and more accurate)")
+    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):
+        table.add_column(name, justify="right")
+    for e in trail.entries:
+        table.add_row(
+            f"{'* ' if e.epoch in front else ''}{e.epoch}",
+            f"{e.compression:.2f}×",
+            "–" if e.macs_compression is None else f"{e.macs_compression:.2f}×",
+            f"{e.top1:.2f}",
+            f"{e.top5:.2f}",
+            f"{e.loss:.4f}",
+            f"{e.gap:+.2f}",
+            f"{trail.dense.top1 - e.top1:+.2f}",
+        )
+    return table
 
 
 def _macs(entry: Entry) -> str:

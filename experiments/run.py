@@ -14,24 +14,27 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table
 
 import ltp_jax as ltp
 from experiments import distributed, report
+from experiments.components import (
+    check_batch,
+    check_network,
+    init_network,
+    ltp_pruner,
+    network_uses,
+    normalising_apply,
+    weights_optimizer,
+)
 from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, record
 from experiments.console import MetricsWriter, RunError, explain, log, progress_bar, start_logging
 from experiments.data import Dataset
-from ltp_jax.adapters import linen_apply
-from ltp_jax.costs import uses_per_input
-from ltp_jax.pruner import Pruner, dense, learned_thresholds
+from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import batch_sharding, global_batch, make_mesh, replicated, state_sharding
-from ltp_jax.target import target_density
 from ltp_jax.trail import Entry, Resume, Trail, TrailError, restore_network, save_network
 from ltp_jax.training import (
-    Apply,
     TrainState,
     create_state,
     cross_entropy,
@@ -91,7 +94,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
             trail = job.prune(params, batch_stats)
         metrics.close()
         if jax.process_index() == 0:
-            console.print(trail_table(trail))
+            console.print(report.terminal_table(trail))
             paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
             log.info("report: %s", paths["table"])
     return trail
@@ -163,109 +166,10 @@ def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
         raise ConfigError(f"the dense network cannot be pruned: {error}") from error
 
 
-def check_batch(stage: str, train: TrainConfig, devices: int, images: int, dataset: str) -> None:
-    """Raises ConfigError for a batch that the images of a dataset do not fill or the devices cannot share."""
-    if train.batch_size > images:
-        raise ConfigError(f"--{stage}.batch-size is {train.batch_size}; {dataset} has {images} images")
-    if train.batch_size % devices:
-        raise ConfigError(
-            f"--{stage}.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices"
-        )
-
-
-def init_network(module: nn.Module, dataset: Dataset, seed: int) -> dict[str, Any]:
-    """A random network: ``params`` and ``batch_stats``."""
-    images = jnp.zeros((1, *dataset.image_shape), jnp.float32)
-    variables = module.init(jax.random.key(seed), images, train=False)
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-
-
-def normalising_apply(module: nn.Module, dataset: Dataset) -> Apply:
-    """The network on the dataset's own images, normalised on the device."""
-    mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
-    return linen_apply(module, lambda images: (images.astype(jnp.float32) - mean) / std)
-
-
 def make_pruner(config: Config, module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> Pruner:
     """LTP as the options have it, for this network and this many images."""
     steps = config.train.epochs * (dataset.train_size // config.train.batch_size)
     return ltp_pruner(config.ltp, plan, steps, lambda: network_uses(module, dataset, plan))
-
-
-def network_uses(module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> dict[str, float]:
-    """How often each weight is used for one image, by path."""
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    return uses_per_input(module, images, plan, train=False)
-
-
-def weights_optimizer(
-    config: TrainConfig, steps_per_epoch: int, schedule: optax.Schedule | None = None
-) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay on tensors of two and more dimensions.
-
-    Args:
-      config: the training.
-      steps_per_epoch: its training steps.
-      schedule: of the learning rate; warm-up and cosine if nothing is said.
-    """
-    steps = config.epochs * steps_per_epoch
-    if schedule is None:
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if config.warmup_epochs else config.peak_learning_rate,
-            peak_value=config.peak_learning_rate,
-            warmup_steps=min(round(config.warmup_epochs * steps_per_epoch), steps - 1),
-            decay_steps=steps,
-        )
-    sgd = optax.sgd(schedule, momentum=config.momentum, nesterov=True)
-    if not config.weight_decay:
-        return sgd
-    return optax.chain(kernel_decay(config.weight_decay), sgd)
-
-
-def kernel_decay(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Weight decay on tensors of two and more dimensions."""
-    return optax.add_decayed_weights(weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
-
-
-def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[], dict[str, float]]) -> Pruner:
-    """LTP as the options have it: to a penalty with a linear ramp and Adam for the thresholds, or to a target.
-
-    Args:
-      config: the options.
-      plan: which tensors are pruned.
-      steps: training steps of the run.
-      uses: gives the uses of each weight for one image, by path; asked for a target of multiply-accumulates alone.
-
-    Raises:
-      ConfigError: if the target leaves less than one weight to each tensor.
-    """
-    density, compression, macs = config.target_density, config.target_compression, config.target_macs
-    if config.to_target:
-        prune_steps = max(round(config.prune * steps), 1)
-        try:
-            return target_density(
-                plan,
-                1 / (compression or macs or 1) if density is None else density,
-                prune_steps=prune_steps,
-                select_steps=max(round(config.select * steps), prune_steps),
-                t0=config.temperature,
-                leak=config.leak,
-                costs=None if macs is None else uses(),
-            )
-        except ValueError as error:
-            raise ConfigError(f"the target of --ltp cannot be met: {error}") from error
-    penalty = 20.0 if config.penalty is None else config.penalty
-    learn_steps = max(round(config.learn * steps), 1)
-    ramp_steps = round(config.ramp * learn_steps)
-    return learned_thresholds(
-        plan,
-        optax.linear_schedule(0.0, penalty, ramp_steps) if ramp_steps else optax.constant_schedule(penalty),
-        optax.adam(config.reach / learn_steps),
-        learn_steps=learn_steps,
-        t0=config.temperature,
-        exact_gradient=config.exact_gradient,
-        l0_to_weights=config.l0_to_weights,
-    )
 
 
 class Job:
@@ -545,36 +449,3 @@ class Job:
 
     def _init_network(self) -> dict[str, Any]:
         return init_network(self.module, self.dataset, self.config.seed)
-
-
-def check_network(network: dict[str, Any], shapes: Any, path: Path, arch: str) -> None:
-    """Raises TrailError, naming the first difference, if a restored network is not of these shapes."""
-    kinds = ("params", "batch_stats")
-    expected = {name: leaf.shape for name, leaf in ltp.named_leaves({kind: shapes[kind] for kind in kinds})}
-    found = {name: leaf.shape for name, leaf in ltp.named_leaves({kind: network.get(kind, {}) for kind in kinds})}
-    for name in dict.fromkeys([*expected, *found]):
-        if expected.get(name) != found.get(name):
-            raise TrailError(
-                f"the network in {path} is no {arch}: {name} has shape {found.get(name, 'none')}, "
-                f"expected is {expected.get(name, 'none')}"
-            )
-
-
-def trail_table(trail: Trail) -> Table:
-    """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
-    front = {entry.epoch for entry in trail.pareto()}
-    table = Table(title=f"the trail in {trail.path} (* no other entry is both sparser and more accurate)")
-    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):
-        table.add_column(name, justify="right")
-    for e in trail.entries:
-        table.add_row(
-            f"{'* ' if e.epoch in front else ''}{e.epoch}",
-            f"{e.compression:.2f}×",
-            "–" if e.macs_compression is None else f"{e.macs_compression:.2f}×",
-            f"{e.top1:.2f}",
-            f"{e.top5:.2f}",
-            f"{e.loss:.4f}",
-            f"{e.gap:+.2f}",
-            f"{trail.dense.top1 - e.top1:+.2f}",
-        )
-    return table

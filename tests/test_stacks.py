@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 import ltp_jax as ltp
 from ltp_jax import method
 from ltp_jax.adapters import linen_apply, nnx_apply
+from ltp_jax.density import measure
 from ltp_jax.pruner import learned_thresholds
-from ltp_jax.target import measure, target_density
+from ltp_jax.target import target_density
 from ltp_jax.trail import Entry
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 

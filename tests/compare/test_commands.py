@@ -16,11 +16,11 @@ import ltp_jax as ltp
 from experiments import compare
 from experiments import compare_settings as settings
 from experiments import run as runs
+from experiments.components import weights_optimizer
 from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, write_json
 from experiments.data import digits
 from experiments.digits import DigitsConfig
 from experiments.harness import Harness, augmented, hold_out
-from experiments.run import weights_optimizer
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.trail import Trail, save_network
