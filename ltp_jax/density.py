@@ -208,7 +208,7 @@ def _smallest_float(enough: Callable[[jax.Array], jax.Array], shape: tuple[int, 
 
     largest = jax.lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) >> unit
     bounds = jnp.zeros(shape, jnp.int32), jnp.full(shape, largest)
-    return number(jax.lax.fori_loop(0, bits + 1, halve, bounds)[1])
+    return number(jax.lax.fori_loop(0, bits, halve, bounds)[1])
 
 
 def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
