@@ -102,7 +102,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
       uses: gives the uses of each weight for one image, by path; asked for a target of multiply-accumulates alone.
 
     Raises:
-      ConfigError: if the target leaves less than one weight to each tensor.
+      ConfigError: if the target leaves less than one weight to each tensor, or uses cannot be counted.
     """
     density, compression, macs = config.target_density, config.target_compression, config.target_macs
     if config.to_target:

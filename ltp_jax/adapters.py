@@ -40,10 +40,14 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
 
     ``rest`` takes the place of the batch statistics: all the network's state that is not a parameter. ``train``
     switches the module between ``train()`` and ``eval()``, and the key reseeds all its random streams. What it sows,
-    ``nnx.Intermediate``, is dropped.
+    ``nnx.Intermediate``, is dropped; what it sowed before the split raises ValueError.
     """
 
     def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
+        if nnx.filter_state(batch_stats, nnx.Intermediate):
+            raise ValueError(
+                "the network was split with what it has sown; call nnx.pop(model, nnx.Intermediate) before nnx.split"
+            )
         # Copied, since a module writes to its variables and those given belong to the caller's trace.
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
         if train:

@@ -13,9 +13,10 @@ from ltp_jax.selection import Plan
 def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) -> dict[str, float]:
     """How many multiply-accumulates each weight of the selected kernels takes part in, for one input.
 
-    A weight of a dense layer is used once for every position of its input but the batch and the features; one of a
-    convolution, grouped or not, once for every position of its output. So ``uses · size`` is what a layer computes,
-    and ``uses · kept`` what is left of it. Nothing is computed: the network is traced with shapes alone.
+    A weight of a dense layer is used once for every position of its input but the features; one of a convolution,
+    grouped or not, once for every position of its output. Positions are those of the whole batch over its inputs, so
+    that a network may fold windows or frames into the batch. So ``uses · size`` is what a layer computes, and ``uses ·
+    kept`` what is left of it. Nothing is computed: the network is traced with shapes alone.
 
     Counted are ``kernel``s of two dimensions, those of ``nn.DenseGeneral`` and so of attention, and those with as many
     dimensions as their module's output, which are taken for convolutions.
@@ -36,6 +37,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
         another transform, or by another method than ``__call__``.
     """
     uses: dict[str, float] = {}
+    batch = inputs.shape[0]
     outermost = None
     running: set[tuple[str, ...]] = set()
 
@@ -53,7 +55,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
             # A module that is called several times uses its weights as often; how often a transform calls it is not
             # known here. One call that cannot be counted leaves the sum unknown.
             known = context.method_name == "__call__" and get_opaque_trace_state(convention="flax") == outermost
-            uses[path] = uses.get(path, 0) + (_positions(module, kernel, output) if known else math.nan)
+            uses[path] = uses.get(path, 0) + (_positions(module, kernel, output) / batch if known else math.nan)
         return output
 
     def trace(variables, x):
@@ -75,12 +77,12 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
 
 
 def _positions(module: nn.Module, kernel: jax.Array, output: Any) -> float:
-    """At how many positions of one input a module uses its kernel in one call; NaN if that is not certain."""
+    """At how many positions of a batch a module uses its kernel in one call; NaN if that is not certain."""
     if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
         features = 1 if isinstance(module.features, int) else len(module.features)
-        return math.prod(output.shape[1 : output.ndim - features])
+        return math.prod(output.shape[: output.ndim - features])
     if isinstance(module, nn.DenseGeneral | nn.ConvTranspose | nn.ConvLocal | nn.Einsum):
         return math.nan
     if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:
         return math.nan
-    return math.prod(output.shape[1:-1]) if kernel.ndim in (2, output.ndim) else math.nan
+    return math.prod(output.shape[:-1]) if kernel.ndim in (2, output.ndim) else math.nan

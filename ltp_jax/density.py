@@ -20,6 +20,8 @@ from ltp_jax.transform import Scalars
 
 SLOPE_WIDTH = 0.1
 """Distance in ``log √τ`` to both sides over which slopes are measured: wide enough for a layer of a hundred weights."""
+SLACK = 1e-6
+"""Share by which a density may be exceeded, since a float32 sum of costs is that uncertain."""
 SCORE_BITS = 15
 """Of LAMP's least score that are settled: the exponent and seven of the fraction, a step of 0.8 %."""
 
@@ -41,7 +43,7 @@ class Measured(NamedTuple):
 
 
 def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) -> Measured:
-    """Reads each weight once.
+    """The density under some thresholds and beside them, and each layer's largest weight; reads each weight once.
 
     Args:
       params: the parameters.
@@ -76,9 +78,10 @@ def exact_thresholds(
 ) -> Scalars:
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
-    Each is moved half way to the smallest weight that it keeps: it would else be the size of a weight, whose soft mask
-    would be a half where its hard mask is zero. Weights of exactly one size are kept or pruned together, so that where
-    there are many of them fewer weights are left; the largest of a layer are always kept.
+    A density is met to one weight, or to one in a million where there are more. Each threshold is moved half way to the
+    smallest weight that it keeps: it would else be the size of a weight, whose soft mask would be a half where its hard
+    mask is zero. Weights of exactly one size are kept or pruned together, so that where there are many of them fewer
+    weights are left; the largest of a layer are always kept.
 
     Args:
       params: the parameters.
@@ -118,7 +121,7 @@ def solve_scale(
     density: ArrayLike,
     shares: Mapping[str, float],
 ) -> jax.Array:
-    """The smallest ``m`` that leaves no more than a density, where each layer keeps its largest weight.
+    """The smallest ``m`` that leaves no more than a density, to ``SLACK``, where each layer keeps its largest weight.
 
     It is found by halving the range of the positive float32 numbers, whose order is that of their bits: 31 counts of
     the weights settle it to the last bit, without a sort, a copy, or a gathering of weights that lie on many devices.
@@ -133,7 +136,7 @@ def solve_scale(
     # Where many weights of one size are the largest of their layers, they alone may be more than that. Then no scale is
     # enough, and each layer is taken to have one of them: the others shall not be emptied in vain.
     least = left(jnp.full_like(offsets, jnp.inf))
-    aim = density * (1 + 1e-6)
+    aim = density * (1 + SLACK)
     aim = jnp.where(least > aim, aim + (least - jnp.sum(share)), aim)
     return _smallest_float(lambda scale: left(scaled_thresholds(scale, offsets)) <= aim)
 
@@ -161,7 +164,7 @@ def lamp_offsets(params: Params, thresholds: Scalars, density: ArrayLike, shares
         size = _smallest_float(lambda row: row >= score * not_smaller(row), largest.shape)
         return by_path(jnp.nextafter(jnp.minimum(size, largest), jnp.float32(0)))
 
-    score = _smallest_float(lambda score: _left(leaves, below(score), share) <= density * (1 + 1e-6), bits=SCORE_BITS)
+    score = _smallest_float(lambda score: _left(leaves, below(score), share) <= density * (1 + SLACK), bits=SCORE_BITS)
     found = below(jnp.minimum(score, 1))
     return jnp.log(_row({path: _smallest_kept(leaves[path], tau) for path, tau in found.items()})) / 2
 

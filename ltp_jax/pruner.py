@@ -88,8 +88,8 @@ def learned_thresholds(
 ) -> Pruner:
     """Learned Threshold Pruning: thresholds are trained with the weights on ``L + λ Σ_l L0_l``, then frozen.
 
-    Weights go on moving, and a few cross a frozen threshold in either direction. Those that are zero at the start, as
-    in a network that was pruned before, stay zero.
+    Weights go on moving, and a few cross a frozen threshold in either direction. One that is exactly zero before a
+    step, as in a network that was pruned before, stays zero.
 
     The optimizer sees each threshold as ``r = √τ / std(|w|)``, the size below which weights are pruned in units of
     their spread (that of the trained weights, ``Var(|w|) = T / t0``). A rate in these units means the same in every
@@ -109,7 +109,8 @@ def learned_thresholds(
 
     Raises:
       TypeError: if the penalty is no function.
-      ValueError: if a tensor that is pruned has no cost, or one that is not positive.
+      ValueError: if a tensor that is pruned has no cost, or one that is not positive; from ``init``, as
+        ``ltp_jax.init``, and if a tensor is of less precision than float32.
     """
     if not callable(penalty):
         raise TypeError(f"the penalty is {penalty!r}; accepted is a function of the step, as optax has them")
@@ -118,6 +119,12 @@ def learned_thresholds(
 
     def init(params):
         prune = transform.init(params, plan, t0)
+        for path, leaf in named_leaves(params):
+            if path in unit and jnp.finfo(leaf.dtype).bits < 32:
+                raise ValueError(
+                    f"{path} is of {leaf.dtype}; to be trained with a threshold weights have to be float32: in less "
+                    "precision they come by zero, and a weight of zero stays pruned"
+                )
         return LearnedThresholdState(prune, optimizer.init(ravel_pytree(prune.thresholds)[0]))
 
     def soften(params, thresholds, state, step):
@@ -168,7 +175,7 @@ def step_thresholds(
     # ∂τ/∂r = 2 r · spread² vanishes at r = 0, where every run starts: it is taken no smaller than at a hundredth.
     r_grads = ravel_pytree(grads)[0] * 2 * jnp.maximum(r, 0.01) * jnp.square(spread)
     updates, optimizer_state = optimizer.update(finite_or_zero(r_grads), state.optimizer, r)
-    r = jnp.maximum(cast(jax.Array, optax.apply_updates(r, updates)), 0)
+    r = jnp.maximum(cast(jax.Array, optax.apply_updates(r, finite_or_zero(cast(jax.Array, updates)))), 0)
     return LearnedThresholdState(state.prune.replace(thresholds=by_path(jnp.square(r * spread))), optimizer_state)
 
 
@@ -196,6 +203,7 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: Arra
 def finite_or_zero(grads: jax.Array) -> jax.Array:
     """The gradients, or zeros if one of them is not finite: a single bad batch would prune everything for good.
 
+    Updates are taken likewise: an optimizer that divides by a gradient, as ``prodigy`` does, gets one of zero at first.
     Optimizers of weights are guarded against one by ``optax.apply_if_finite`` or by scaling the loss.
     """
     return jnp.where(jnp.all(jnp.isfinite(grads)), grads, 0)

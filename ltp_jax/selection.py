@@ -133,10 +133,13 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
     Raises:
       ValueError: if two tensors have the same path, or a tensor lacks an axis along which a rule stacks it, or has no
         other.
-      TypeError: if the rules are no sequence of rules.
+      TypeError: if the rules are no sequence of rules, or one of the parameters is no array.
     """
     if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError(f"the rules are {rules!r}; accepted is a list of ltp_jax.Rule")
+    for path, leaf in named_leaves(params):
+        if not hasattr(leaf, "shape"):
+            raise TypeError(f"{path} is {leaf!r}; accepted are arrays, or their shapes")
     candidates = (*rules, *DEFAULT_RULES)
     tensors = tuple(
         Selected(path, tuple(leaf.shape), next((r for r in candidates if r.matches(path, len(leaf.shape))), None))

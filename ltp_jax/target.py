@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from ltp_jax import transform
-from ltp_jax.density import exact_thresholds, lamp_offsets, measure, scaled_thresholds, solve_scale
+from ltp_jax.density import SLACK, exact_thresholds, lamp_offsets, measure, scaled_thresholds, solve_scale
 from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
 from ltp_jax.selection import Params, Plan, named_leaves
 from ltp_jax.transform import PruneState, Scalars
@@ -150,7 +150,8 @@ def target_density(
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
         # said of the weights that are not zero already: no threshold can leave more than those.
         measured = measure(params, prune.thresholds, shares)
-        aim = measured.present * planned(1)
+        # A long plan leaves all of them at first: some weight has to go, or the scale would be zero and stay there.
+        aim = measured.present * jnp.minimum(planned(1), 1 - 2 * SLACK)
         scale = solve_scale(params, prune.thresholds, offsets, measured.largest, aim, shares)
         return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
 
@@ -174,7 +175,7 @@ def target_density(
         updates, optimizer_state = optimizer.update(
             without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
-        moved = cast(jax.Array, optax.apply_updates(state.offsets, updates))
+        moved = cast(jax.Array, optax.apply_updates(state.offsets, finite_or_zero(cast(jax.Array, updates))))
         offsets = below_the_largest(moved, log_scale, measured.largest)
         prune = state.prune.replace(thresholds=by_path(scaled_thresholds(jnp.exp(log_scale), offsets)))
         selected = TargetState(prune, log_scale, offsets, optimizer_state, state.fixed)

@@ -138,6 +138,22 @@ def test_a_tensor_whose_uses_cannot_be_counted_is_named():
         uses_per_input(Odd(), images, plan, train=False)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_positions_that_are_folded_into_the_batch_count(batch):
+    class Folded(nn.Module):
+        """Six frames by a convolution for one, windows of four positions by a dense layer."""
+
+        @nn.compact
+        def __call__(self, x, train):
+            frames = nn.Conv(5, (3, 3), name="frames")(x.reshape(-1, 8, 8, 3))
+            windows = nn.Dense(4, name="windows")(frames.reshape(-1, 4, 5))
+            return windows.reshape(x.shape[0], -1)
+
+    plan, images = plan_of(Folded(), (batch, 6, 8, 8, 3))
+    uses = uses_per_input(Folded(), images, plan, train=False)
+    assert uses == {"frames/kernel": 6 * 64, "windows/kernel": 6 * 64}
+
+
 def test_a_layer_that_extends_another_is_called_once():
     class Standardised(nn.Conv):
         @nn.compact

@@ -497,6 +497,26 @@ def test_one_bad_gradient_moves_no_offset():
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+def test_a_plan_of_many_steps_begins_to_prune():
+    # After its first step it leaves all weights but a millionth; a scale of zero would stay at zero.
+    params, still = initial_params(), dict.fromkeys(SIZES, jnp.float32(0))
+    pruner = target.target_density(ltp.plan(params), 0.9, prune_steps=10**6, select_steps=10**6)
+    state = pruner.init(params)
+    assert jnp.isfinite(state.log_scale)
+    for step in (0, 1):
+        _, state = pruner.update(still, params, params, state, jnp.int32(step))
+    assert all(tau > 0 for tau in state.thresholds.values())
+
+
+def test_an_optimizer_that_divides_by_a_gradient_of_zero_moves_no_offset():
+    plan = ltp.plan(initial_params())
+    prodigy = optax.contrib.prodigy(1.0)
+    pruner = target.target_density(plan, 1 / 16, prune_steps=PRUNE, select_steps=SELECT, optimizer=prodigy)
+    states = run(pruner)
+    assert all(jnp.all(jnp.isfinite(state.pruning.offsets)) for state in states)
+    assert kept(states[-1]) == plan.prunable // 16
+
+
 def test_weights_may_be_small():
     """What a normalisation follows may have any scale: 1e-15 of the usual one here."""
     small = jax.tree.map(lambda w: w * 1e-15, initial_params())

@@ -113,6 +113,14 @@ def test_of_equals_the_better_one_is_picked(tmp_path):
     trail.close()
 
 
+def test_a_target_that_is_met_to_one_weight_in_a_million_is_met(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    for e in (ENTRIES[0], entry(1, 5242880 / 2621441, 88.0)):
+        trail.save(e, PARAMS, STATS)
+    assert trail.pick(min_compression=2).epoch == 1
+    trail.close()
+
+
 def test_an_address_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for opened in (
@@ -320,6 +328,11 @@ def test_an_nnx_network_goes_back_into_its_model(tmp_path):
             nnx.update(other, state)
         other.eval()
         np.testing.assert_array_equal(other(images), expected)
+        # Whole, as it is, and trained on: the new network has random streams of its own.
+        graphdef, *parts = nnx.split(Net(nnx.Rngs(1)), nnx.Param, ...)
+        for state, part in zip(parts, ("params", "batch_stats"), strict=True):
+            nnx.replace_by_pure_dict(state, nnx.restore_int_paths(network[part]))
+        nnx_apply(graphdef)(*parts, images, train=True, key=jax.random.key(0))
     trail.close()
 
 

@@ -270,6 +270,22 @@ def test_an_nnx_network_that_sows_is_trained():
     apply(state.params, state.batch_stats, jnp.ones((4, 3)), train=False, key=None)
 
 
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_what_an_nnx_network_sowed_before_the_split_is_refused():
+    model = Sowing(nnx.Rngs(0))
+    model(jnp.ones((4, 3)))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    with pytest.raises(ValueError, match=r"call nnx.pop\(model, nnx.Intermediate\) before nnx.split"):
+        nnx_apply(graphdef)(params, rest, jnp.ones((4, 3)), train=True, key=None)
+
+
+def test_thresholds_of_half_precision_weights_are_not_learned(variables):
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), variables["params"])
+    pruner = pruners.learned_thresholds(ltp.plan(half), lambda step: 1.0, optax.sgd(0.1), learn_steps=2)
+    with pytest.raises(ValueError, match="of bfloat16; to be trained with a threshold weights have to be float32"):
+        pruner.init(half)
+
+
 @pytest.mark.parametrize("to_target", [False, True])
 def test_strict_promotion_of_dtypes(variables, to_target):
     """Whoever has JAX refuse a bfloat16 with a float32 can train, count and evaluate."""

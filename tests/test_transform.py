@@ -82,6 +82,11 @@ def test_plan_prints_path_shape_parameters_and_rule(params):
     assert line.split() == ["conv/kernel", "3×3×3×8", "216", "prune", "(.*/)?kernel"]
 
 
+def test_parameters_that_are_no_arrays_are_named():
+    with pytest.raises(TypeError, match=r"scale is 1.0; accepted are arrays"):
+        ltp.plan({"dense": {"kernel": jnp.ones((2, 3))}, "scale": 1.0})
+
+
 def test_two_tensors_with_one_path_are_refused():
     with pytest.raises(ValueError, match="several tensors have the same path: a/b/kernel"):
         ltp.plan({"a/b": {"kernel": jnp.ones((2, 2))}, "a": {"b": {"kernel": jnp.ones((2, 2))}}})
