@@ -294,6 +294,19 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+OF_A_PROCESS = ("workdir", "data_dir", "tensorboard", "workers", "max_unreadable", "dry_run_timeout")
+"""Options that say where things lie for a process, and how it does its part."""
+
+
+def of_a_job(config: Config) -> dict[str, Any]:
+    """The options that all processes of a job have to have, by their names."""
+    return {
+        name: value
+        for name, value in _flat(to_json(config)).items()
+        if name not in OF_A_PROCESS and not name.startswith("distributed.")
+    }
+
+
 def record(config: Config, *, write: bool = True) -> None:
     """Writes the configuration to the working directory, or checks that it is the one that is there.
 
@@ -316,8 +329,7 @@ def record(config: Config, *, write: bool = True) -> None:
             raise ConfigError(
                 f"{path} is no record of a run ({error}); remove it or choose another --workdir"
             ) from error
-        free = {"workdir", "data_dir", "tensorboard", "mesh.fsdp", "workers", "max_unreadable", "dry_run_timeout"}
-        free.update(f"ltp.{name}" for name in config.ltp.idle)
+        free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
         if config.own_dense.is_dir():
             free.add("pretrained")  # nothing more is taken from it; whose weights they are stays fixed
         changed = [

@@ -36,7 +36,7 @@ class RunError(Exception):
 def start_logging(workdir: Path, console: Console) -> None:
     """Sends the log to ``log.txt`` in the working directory, and, from the first process, to the terminal."""
     process = jax.process_index()
-    file = logging.FileHandler(workdir / ("log.txt" if process == 0 else f"log-{process}.txt"))
+    file = logging.FileHandler(workdir / ("log.txt" if process == 0 else f"log-{process}.txt"), encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file]
     if process == 0:

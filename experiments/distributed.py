@@ -1,6 +1,7 @@
 """Many processes as one job: how they find each other, stop together, and do not wait for one that is lost."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -11,10 +12,10 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -147,6 +148,22 @@ def check_shared(workdir: Path) -> None:
         raise ConfigError(
             f"--workdir is {workdir}, which is not the same directory for process {', '.join(map(str, blind))} as for "
             "process 0; accepted is one on a file system that all hosts share"
+        )
+
+
+def check_same(options: Mapping[str, Any]) -> None:
+    """Makes sure that all processes of the job were given the same options.
+
+    Raises:
+      ConfigError: in every process, if one of them has others than the first one.
+    """
+    if not _has_others():
+        return
+    marks = multihost_utils.process_allgather(np.uint32(zlib.crc32(json.dumps(options, sort_keys=True).encode())))
+    if others := np.flatnonzero(marks != marks[0]).tolist():
+        raise ConfigError(
+            f"process {', '.join(map(str, others))} has other options than process 0; accepted is one command for all "
+            "processes of a job"
         )
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich.markup import escape
 from rich.table import Table
 
 from ltp_jax.trail import Entry, Trail, pareto
@@ -39,7 +40,7 @@ def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
         "smallest |w| that is kept, √τ",
     )
     paths["table"] = directory / "trail.md"
-    paths["table"].write_text(markdown(entries, title))
+    paths["table"].write_text(markdown(entries, title), encoding="utf-8")
     paths["figures"] = directory / "trail.json"
     rows = [dataclasses.asdict(e) | {"gap": e.gap} for e in entries]
     paths["figures"].write_text(json.dumps({"title": title, "entries": rows}, indent=1) + "\n")
@@ -72,7 +73,7 @@ def markdown(entries: Sequence[Entry], title: str) -> str:
 def terminal_table(trail: Trail) -> Table:
     """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
     front = {entry.epoch for entry in trail.pareto()}
-    table = Table(title=f"the trail in {trail.path} (* no other entry is both sparser and more accurate)")
+    table = Table(title=f"the trail in {escape(str(trail.path))} (* no other entry is both sparser and more accurate)")
     for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):
         table.add_column(name, justify="right")
     for e in trail.entries:
@@ -115,11 +116,13 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
     _compression_axis(axes)
     # A network that has not recovered yet may be far below; it must not flatten the rest of the picture.
     floor = min(e.top1 for e in entries)
-    below = sum(e.top1 < dense - 12 for e in entries)
-    if 0 < below < len(entries) - 1:
+    if 0 < sum(e.top1 < dense - 12 for e in entries) < len(entries) - 1:
         floor = dense - 12
-        axes.set_xlabel(f"{axes.get_xlabel()}; not shown: {below} more than 12 points below dense")
     margin = 0.08 * (max(e.top1 for e in entries) - floor) + 0.05
+    if below := sum(e.top1 < floor - margin for e in entries):
+        axes.set_xlabel(
+            f"{axes.get_xlabel()}; not shown: {below} more than {dense - floor + margin:.0f} points below dense"
+        )
     axes.set_ylim(floor - margin, max(e.top1 for e in entries) + margin)
     axes.set_ylabel("held-out top-1, %")
     axes.set_title(title)

@@ -28,7 +28,7 @@ from experiments.components import (
     normalising_apply,
     weights_optimizer,
 )
-from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, record
+from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, of_a_job, record
 from experiments.console import MetricsWriter, RunError, explain, log, progress_bar, start_logging
 from experiments.data import Dataset
 from ltp_jax.pruner import Pruner, dense
@@ -82,6 +82,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
     check_options(config, module, dataset, start)
     with only_writer(config.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.check_shared(config.workdir)
+        distributed.check_same(of_a_job(config))
         record(config, write=jax.process_index() == 0)
         console = Console()
         start_logging(config.workdir, console)
@@ -94,8 +95,8 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
             trail = job.prune(params, batch_stats)
         metrics.close()
         if jax.process_index() == 0:
-            console.print(report.terminal_table(trail))
             paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
+            console.print(report.terminal_table(trail))
             log.info("report: %s", paths["table"])
     return trail
 

@@ -19,8 +19,8 @@ def image_size(encoded: bytes) -> tuple[int, int]:
         UnreadableImage: the header is damaged, or of no known format.
     """
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
-    except ValueError:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)  # KeyError: a chroma subsampling without a name
+    except (ValueError, KeyError):
         width, height = _open(encoded).size
     return int(height), int(width)
 
@@ -45,7 +45,7 @@ def decode(encoded: bytes) -> np.ndarray:
         # libjpeg-turbo takes every CMYK image for an inverted one; Pillow reads the marker that tells.
         if colorspace not in ("CMYK", "YCCK"):
             return simplejpeg.decode_jpeg(encoded, "RGB")
-    except ValueError:
+    except (ValueError, KeyError):
         # Another format under a JPEG's name, or a flaw that strict decoding objects to and Pillow knows to be harmless.
         pass
     image = _open(encoded)
@@ -95,7 +95,7 @@ def decode_top(encoded: bytes, rows: int, reduction: float) -> np.ndarray:
             min_factor=2,
             strict=False,  # the rows left over are no mistake
         )
-    except ValueError:
+    except (ValueError, KeyError):
         return decode(encoded)
 
 

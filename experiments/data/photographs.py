@@ -1,9 +1,13 @@
 """Photographs of many sizes, from any TFDS image-classification dataset, cropped and resized as they are read."""
 
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -234,9 +238,19 @@ def usable_cores() -> int:
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
+    # A request to end may be sent to all processes of a group: a run saves its state then, and needs its images for it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Were anything in a worker to touch JAX, it must not take the accelerator away from the process that trains.
     jax.config.update("jax_platforms", "cpu")
     cv2.setNumThreads(1)
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose run was killed: it would wait for ever, and keep its memory."""
+    if parent := multiprocessing.parent_process():
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _iterate(batches: grain.MapDataset, workers: int, damage: _Damage) -> Iterator[Batch]:

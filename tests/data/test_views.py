@@ -2,6 +2,7 @@
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -177,6 +178,16 @@ def test_grey_of_16_bits_becomes_that_of_8(file_format):
     pixels = decoding.decode(encode(image, file_format))
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, np.repeat(grey[..., np.newaxis], 3, -1))
+
+
+def test_chroma_of_a_fourth_of_the_rows_is_read():
+    """As of an image of 4:1:1 that was turned without loss; libjpeg-turbo's binding has no name for it."""
+    factors = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411]
+    encoded = cv2.imencode(".jpg", np.asarray(scene(64, 64)), factors)[1].tobytes()
+    turned = encoded.replace(b"\x01\x41\x00", b"\x01\x14\x00")
+    assert turned != encoded
+    assert decoding.image_size(turned) == (64, 64)
+    assert decoding.decode(turned).shape == decoding.decode_top(turned, 64, 1.0).shape == (64, 64, 3)
 
 
 def test_orientation_tags_are_ignored():

@@ -50,6 +50,16 @@ sys.argv = ["digits.py", f"--workdir={folder}/{words[-1][-1]}", *words]
 run_command(digits.main)
 """
 
+DIFFERENT = """
+import sys
+from experiments import digits
+from experiments.console import run_command
+
+folder, *words = sys.argv[1:]
+sys.argv = ["digits.py", f"--workdir={folder}", f"--train.epochs={2 + int(words[-1][-1])}", *words]
+run_command(digits.main)
+"""
+
 SIGTERM, SIGKILL = str(int(signal.SIGTERM)), str(int(signal.SIGKILL))
 
 
@@ -103,6 +113,17 @@ def test_hosts_that_do_not_share_the_directory_are_one_message(jobs, tmp_path):
             "as for process 0; accepted is one on a file system that all hosts share\n"
         )
     assert not any(path for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_processes_with_other_options_are_one_message(jobs, tmp_path):
+    """Each process has a number of epochs of its own, by the last digit of its words."""
+    ended = jobs.start([sys.executable, "-c", DIFFERENT, str(tmp_path / "run")], 2, 1, {}, timeout=120)
+    for i, process in enumerate(ended):
+        assert process.code == 2, process.stderr
+        assert process.stderr == (
+            f"error: process {i} of 2: process 1 has other options than process 0; accepted is one command for all "
+            "processes of a job\n"
+        )
 
 
 def test_processes_with_the_same_cores_share_them(jobs):
