@@ -109,7 +109,6 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         self._board: Callable[[str, int], Any] | None = None
         self._boards: dict[str, Any] = {}
-        self._told: set[tuple[str, str, int]] = set()
         if jax.process_index() != 0:
             self._path = None
         elif tensorboard:
@@ -119,6 +118,7 @@ class MetricsWriter:
                 raise RunError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from error
             # Each stage is a run of its own to TensorBoard: it drops all points of a run from a step on.
             self._board = lambda stage, step: SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step)
+        self._told = {mark for _, mark in self._lines()}
 
     def rewind(self, stage: str, step: int) -> None:
         """Begins a stage, or goes on with it from a step, and drops what an interrupted run told of later ones.
@@ -129,16 +129,20 @@ class MetricsWriter:
             self._boards[stage] = self._board(stage, step + 1)
         if self._path is None or not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
-                row = json.loads(line)
-                if row["stage"] != stage or row["step"] <= step:
-                    self._told.add((row["stage"], row["kind"], row["step"]))
-                    kept.append(line)
+        kept = {line: mark for line, mark in self._lines() if mark[0] != stage or mark[2] <= step}
+        self._told = set(kept.values())
         temporary = self._path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         temporary.replace(self._path)
+
+    def _lines(self) -> Iterator[tuple[bytes, tuple[str, str, int]]]:
+        """The lines that are there, each with its stage, kind and step."""
+        if self._path is None or not self._path.exists():
+            return
+        for line in self._path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
+                row = json.loads(line)
+                yield line, (row["stage"], row["kind"], row["step"])
 
     def write(self, stage: str, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         """Adds a line: the stage of the run, ``"train"`` or ``"entry"``, the step, and the figures."""

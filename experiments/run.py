@@ -285,10 +285,6 @@ class Job:
                 entry = next(entry for entry in trail.entries if entry.epoch == epoch)
                 self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
                 return
-            if epoch < max(trail.epochs, default=0):
-                # One that was broken and removed, while the state to go on from is as old: there is no place for it.
-                log.warning("the trail goes on behind epoch %d: it stays without an entry", epoch)
-                return
             hard = harden(state.params, state.pruning)
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
             figures, soft_figures = self._evaluate(state.batch_stats, hard, soft)
@@ -327,6 +323,9 @@ class Job:
                     latest,
                     resume.path,
                 )
+            if latest and 0 not in trail.epochs:  # it was broken and removed, and no state leads to it
+                first, _ = self._first_state(pruner, optimizer, network)
+                keep_in_trail(first(), 0)
             if has_state or latest < config.train.epochs:
                 self._fit("prune", config.train, pruner, optimizer, network, resume, keep_in_trail, settle=trail.wait)
         return Trail(config.workdir / "trail")
@@ -350,19 +349,11 @@ class Job:
           Preempted: if a process was asked to stop, after the state was saved.
         """
         dataset, mesh = self.dataset, self.mesh
-
-        def initial(key: jax.Array, network: dict[str, Any] | None) -> TrainState:
-            variables = self._init_network() if network is None else network
-            return create_state(variables["params"], variables["batch_stats"], optimizer, pruner, key)
-
-        key = jax.random.key(self.config.seed)
-        abstract = jax.eval_shape(initial, key, network)
-        shardings = state_sharding(abstract, mesh)
-        state = resume.restore(
-            jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
-        )
+        first_state, abstract = self._first_state(pruner, optimizer, network)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = resume.restore(abstract)
         if state is None:
-            state = jax.jit(initial, in_shardings=replicated(mesh), out_shardings=shardings)(key, network)
+            state = first_state()
         new_totals = jax.jit(zero_totals, out_shardings=replicated(mesh))
         step_fn = jax.jit(
             make_train_step(self.apply, optimizer, pruner, cross_entropy(config.label_smoothing)),
@@ -406,6 +397,24 @@ class Job:
                         f"asked to stop: step {step} of {stage} is saved, and the same command goes on from there"
                     )
         return state
+
+    def _first_state(
+        self, pruner: Pruner, optimizer: optax.GradientTransformation, network: dict[str, Any] | None
+    ) -> tuple[Callable[[], TrainState], TrainState]:
+        """What makes the state before the first step, and the shapes, types and shardings of its leaves."""
+
+        def initial(key: jax.Array, network: dict[str, Any] | None) -> TrainState:
+            variables = self._init_network() if network is None else network
+            return create_state(variables["params"], variables["batch_stats"], optimizer, pruner, key)
+
+        key = jax.random.key(self.config.seed)
+        shapes = jax.eval_shape(initial, key, network)
+        shardings = state_sharding(shapes, self.mesh)
+        make = jax.jit(initial, in_shardings=replicated(self.mesh), out_shardings=shardings)
+        abstract = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
+        )
+        return lambda: make(key, network), abstract
 
     def _means(self, stage: str, step: int, state: TrainState) -> dict[str, float]:
         """The running means of the epoch. Stops a run whose loss is no number before it is saved."""

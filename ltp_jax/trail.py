@@ -194,21 +194,22 @@ class Trail:
           batch_stats: the batch statistics.
 
         Raises:
-          TrailError: if the directory cannot be written, or has an entry of this epoch or a later one; also for an
-            earlier entry that failed in the background.
+          TrailError: if the directory cannot be written, or has an entry of this epoch; also for an earlier entry that
+            failed in the background.
         """
         if self._manager is None:
             raise TrailError(
                 f"the trail in {self.path} was opened to be read, or closed; open it with create=True to add to it"
             )
-        if (latest := self._manager.latest_step()) is not None and latest >= entry.epoch:
-            raise TrailError(f"the trail in {self.path} goes to epoch {latest}: there is no place for one of {entry}")
+        if entry.epoch in self._manager.all_steps():
+            raise TrailError(f"the trail in {self.path} has an entry of epoch {entry.epoch} already")
         figures = json.loads(
             json.dumps(dataclasses.asdict(entry) | {"gap": entry.gap}, default=lambda figure: figure.item())
         )
         metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(_plain(params, batch_stats))
         with _writing(self.path):
-            self._manager.save(entry.epoch, args=ocp.args.Composite(network=network, metrics=metrics))
+            # Without force one of an epoch before the latest, which was lost, would be passed over.
+            self._manager.save(entry.epoch, args=ocp.args.Composite(network=network, metrics=metrics), force=True)
 
     def wait(self) -> None:
         """Returns when all entries are on disk."""
@@ -232,7 +233,7 @@ class Trail:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TrailError(
                     f"entry {epoch} of {self.path} cannot be read: {_first_line(error)}; the others can be once "
-                    f"{self.path / str(epoch)} is removed"
+                    f"{self.path / str(epoch)} is removed, and this one can be saved anew"
                 ) from error
         return self._read[epoch]
 

@@ -216,16 +216,29 @@ def test_a_run_goes_on_when_a_broken_entry_was_removed(finished, tmp_path):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3))
     with pytest.raises(Interrupted):
         start(config, Interrupting(digits(), 96, 30))  # in the third epoch
+    before = Trail(tmp_path).entries
     shutil.rmtree(tmp_path / "trail" / "1")
     shutil.rmtree(tmp_path / "resume")
     stamp = (tmp_path / "trail" / "2").stat().st_mtime_ns
     trail = start(config)
-    assert trail.epochs == (0, 2, 3)
+    assert trail.epochs == (0, 1, 2, 3)
+    assert trail.entries[:3] == before
     assert (tmp_path / "trail" / "2").stat().st_mtime_ns == stamp
     told = (tmp_path / "log.txt").read_text()
     assert told.count("WARNING the trail goes to epoch 2, but there is no state in") == 1
     assert "training starts over, and the entries that are there stay as they are" in told
-    assert "goes on behind epoch 1" in told
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_a_dense_entry_that_was_removed_is_made_anew_and_nothing_trained(finished, tmp_path, states):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "trail" / "0")
+    if not states:
+        shutil.rmtree(tmp_path / "run" / "resume")
+    trail = start(tiny(tmp_path / "run", tensorboard=True), Interrupting(digits(), 96, 0))
+    assert trail.entries == Trail(finished).entries
+    chex.assert_trees_all_equal(trail.restore(trail.dense), restore_network(finished / "dense"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
 def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path, monkeypatch):

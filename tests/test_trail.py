@@ -1,5 +1,6 @@
 """The trail on disk: what is written, what is read back, what is picked, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -282,13 +283,24 @@ def test_an_epoch_that_is_there_is_not_written_again(tmp_path):
     trail = Trail(tmp_path, create=True)
     for e in (ENTRIES[0], ENTRIES[2]):
         trail.save(e, PARAMS, STATS)
-    for e in (ENTRIES[1], entry(2, 8.0)):
-        with pytest.raises(TrailError, match=f"goes to epoch 2: there is no place for one of epoch {e.epoch}"):
+    for e in (ENTRIES[0], entry(2, 8.0)):
+        with pytest.raises(TrailError, match=f"has an entry of epoch {e.epoch} already"):
             trail.save(e, PARAMS, STATS)
     trail.close()
     assert trail.entries == Trail(tmp_path).entries == (ENTRIES[0], ENTRIES[2])
     with pytest.raises(TrailError, match="was opened to be read, or closed"):
         trail.save(ENTRIES[3], PARAMS, STATS)
+
+
+def test_lost_entries_are_saved_anew_behind_later_ones(tmp_path):
+    with contextlib.closing(Trail(tmp_path, create=True)) as trail:
+        trail.save(ENTRIES[2], PARAMS, STATS)
+    with contextlib.closing(Trail(tmp_path, create=True)) as trail:
+        for e in (ENTRIES[0], ENTRIES[1]):
+            trail.save(e, PARAMS, STATS)
+        assert trail.epochs == (0, 1, 2)
+    assert Trail(tmp_path).entries == ENTRIES[:3]
+    chex.assert_trees_all_equal(trail.restore(trail.dense)["params"], jax.device_get(PARAMS))
 
 
 def test_figures_may_be_arrays(tmp_path):
