@@ -109,13 +109,14 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         self._board: Callable[[str, int], Any] | None = None
         self._boards: dict[str, Any] = {}
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:  # in all processes, so that none waits for the first one
+                raise RunError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from error
         if jax.process_index() != 0:
             self._path = None
         elif tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise RunError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from error
             # Each stage is a run of its own to TensorBoard: it drops all points of a run from a step on.
             self._board = lambda stage, step: SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step)
         self._told = {mark for _, mark in self._lines()}

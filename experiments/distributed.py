@@ -167,6 +167,26 @@ def check_same(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_first(refusal: Exception | None) -> None:
+    """Makes sure that the first process of the job can begin; the others would wait for it, and take it for lost.
+
+    Args:
+      refusal: why it cannot; None in the others.
+
+    Raises:
+      Exception: the refusal in the first process, a ConfigError with its message in the others.
+    """
+    if _has_others():
+        message = np.zeros(2048, np.uint8)
+        said = str(refusal or "").encode()[: message.size]
+        message[: len(said)] = list(said)
+        told = bytes(multihost_utils.broadcast_one_to_all(message)).rstrip(b"\0").decode(errors="replace")
+        if told and refusal is None:
+            raise ConfigError(f"process 0 cannot begin: {told}")
+    if refusal is not None:
+        raise refusal
+
+
 def sharers_of_cores() -> int:
     """How many processes of the job have the cores of this one, itself included; one that is bound has its own."""
     if not _has_others():

@@ -80,7 +80,14 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
       Preempted: if a process was asked to stop, after the state was saved.
     """
     check_options(config, module, dataset, start)
-    with only_writer(config.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(only_writer(config.workdir))
+            except (ConfigError, RunError, OSError) as error:
+                refusal = error
+        distributed.check_first(refusal)
         distributed.check_shared(config.workdir)
         distributed.check_same(of_a_job(config))
         record(config, write=jax.process_index() == 0)
@@ -448,7 +455,7 @@ class Job:
             images = global_batch(batch, self.mesh)
             counts = [self.eval_step(params, batch_stats, images) for params in networks]
             sums = counts if sums is None else jax.tree.map(jnp.add, sums, counts)
-        return [
+        figures = [
             {
                 "top1": 100 * float(counts["top1"]) / float(counts["examples"]),
                 "top5": 100 * float(counts["top5"]) / float(counts["examples"]),
@@ -456,6 +463,14 @@ class Job:
             }
             for counts in jax.device_get(sums)
         ]
+        for network in figures:
+            if not math.isfinite(network["loss"]):
+                raise RunError(
+                    f"the loss on held-out images is {network['loss']}: some weights, biases or batch statistics of "
+                    "the network are no numbers, or far too large. What was saved before is whole. Start in another "
+                    "--workdir, with another dense network or a lower learning rate"
+                )
+        return figures
 
     def _init_network(self) -> dict[str, Any]:
         return init_network(self.module, self.dataset, self.config.seed)

@@ -287,6 +287,15 @@ def test_loss_that_is_no_number_stops_the_run_and_loses_nothing(finished, tmp_pa
     assert not any((tmp_path / "resume").iterdir())
 
 
+def test_network_without_a_loss_on_held_out_images_is_no_entry(finished, tmp_path):
+    network = restore_network(finished / "dense")
+    network["batch_stats"]["norm"]["var"][0] = np.nan  # which training does not look at
+    save_network(tmp_path / "dense", **network)
+    with pytest.raises(RunError, match="the loss on held-out images is nan: some weights"):
+        start(tiny(tmp_path / "run", dense=tmp_path / "dense"))
+    assert Trail(tmp_path / "run").epochs == ()
+
+
 def test_other_options_in_the_same_directory_are_refused(finished):
     config = dataclasses.replace(tiny(finished, tensorboard=True), ltp=LtpConfig(penalty=20.0, learn=0.7, reach=1.5))
     with pytest.raises(ConfigError, match=r"--ltp\.learn was 0\.5, is 0\.7"):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_same_numbers, assert_trail_is_whole, codes, free_port
 
+from experiments.run import only_writer
+
 RESTORE = """
 import hashlib, sys
 import numpy as np
@@ -124,6 +126,18 @@ def test_processes_with_other_options_are_one_message(jobs, tmp_path):
             f"error: process {i} of 2: process 1 has other options than process 0; accepted is one command for all "
             "processes of a job\n"
         )
+
+
+def test_what_the_first_process_refuses_is_known_to_all(jobs, tmp_path):
+    with only_writer(tmp_path):
+        ended = jobs(tmp_path, processes=2, timeout=120)
+    assert codes(ended) == [1, 2]
+    said = f"another run is writing to {tmp_path}; wait for its end, or choose another --workdir"
+    assert [process.stderr for process in ended] == [
+        f"error: process 0 of 2: {said}\n",
+        f"error: process 1 of 2: process 0 cannot begin: {said}\n",
+    ]
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_with_the_same_cores_share_them(jobs):
