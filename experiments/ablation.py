@@ -57,6 +57,8 @@ class AblationConfig:
         if unknown := [variant for variant in self.variants if variant not in VARIANTS]:
             raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
         check_seeds("--seeds", self.seeds)
+        if self.command == "report" and (self.variants or self.seeds != AblationConfig.seeds):
+            raise ConfigError("--variants and --seeds go with run; report shows all runs that are there")
 
 
 def file_name(variant: str, seed: int) -> str:

@@ -78,6 +78,16 @@ NETWORKS = {
 }
 
 
+OF_SOME_COMMANDS = {
+    "methods": ("tune", "run"),
+    "compressions": ("run",),
+    "seeds": ("run",),
+    "tuning_seeds": ("tune", "run"),
+    "setting_of": ("run", "report"),
+}
+"""The options that not all commands heed: a report shows all runs that are there."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What to compare."""
@@ -131,8 +141,10 @@ class CompareConfig:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         if self.augment and NETWORKS[self.arch].load is data.cifar10:
             raise ConfigError("--augment is for Fashion-MNIST: the images of CIFAR-10 always are shifted and mirrored")
-        if self.setting_of and self.command == "tune":
-            raise ConfigError("--setting-of goes with run and report: tune finds the settings")
+        for name, fits in OF_SOME_COMMANDS.items():
+            if self.command not in fits and getattr(self, name) != getattr(CompareConfig, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} goes with {' and '.join(fits)}, not with {self.command}")
         if self.setting_of and self.command == "run" and "str" in self.methods:
             raise ConfigError(
                 "--methods has str, which needs a decay for each compression; --setting-of has none for it"

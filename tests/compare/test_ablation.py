@@ -201,6 +201,12 @@ def test_impossible_ablations_are_refused(small, words, message):
         small[0]("run", *words)
 
 
+@pytest.mark.parametrize("words", [("--seeds", "1"), ("--variants", "target, T0 1e-3")])
+def test_a_report_of_some_runs_is_refused(small, words):
+    with pytest.raises(ConfigError, match="--variants and --seeds go with run; report shows all runs"):
+        small[0]("report", *words)
+
+
 def test_help_tells_the_command(small, capsys):
     with pytest.raises(SystemExit):
         small[0]("--help")

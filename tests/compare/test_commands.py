@@ -245,6 +245,23 @@ def test_impossible_grids_are_refused(words, message):
         compare.CompareConfig(command="run", **words).check()
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("report", {"methods": ("ltp",)}, "^--methods goes with tune and run, not with report$"),
+        ("report", {"seeds": (0,)}, "^--seeds goes with run, not with report$"),
+        ("report", {"compressions": (8.0,)}, "^--compressions goes with run, not with report"),
+        ("report", {"tuning_seeds": (0,)}, "^--tuning-seeds goes with tune and run, not with report"),
+        ("tune", {"seeds": (0,)}, "^--seeds goes with run, not with tune"),
+        ("tune", {"compressions": (8.0,)}, "^--compressions goes with run, not with tune"),
+        ("tune", {"setting_of": "ltp"}, "^--setting-of goes with run and report, not with tune$"),
+    ],
+)
+def test_options_that_a_command_does_not_heed_are_refused(command, words, message):
+    with pytest.raises(ConfigError, match=message):
+        compare.CompareConfig(command=command, **words).check()
+
+
 def test_help_tells_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["somewhere/compare.py", "--help"])
     with pytest.raises(SystemExit):
