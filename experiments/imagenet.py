@@ -294,6 +294,10 @@ def dense_settings(config: ImagenetConfig) -> WeightSettings:
             f"--origin is missing: {path} does not say whose weights --dense began from, and so what images they want; "
             f"accepted for {config.arch} are {', '.join(row.origin for row in rows)}"
         )
+    if origin not in [row.origin for row in rows]:
+        raise ConfigError(
+            f"--dense began from weights of {origin}, by {path}; of {config.arch} there are none of these"
+        )
     return weight_settings(dataclasses.replace(config, origin=origin))
 
 

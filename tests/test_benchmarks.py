@@ -65,6 +65,14 @@ def test_times_are_added_to_those_that_are_there(tmp_path, monkeypatch):
     assert list(added["median_seconds"]) == ["dense"]
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+def test_file_of_something_else_is_refused_before_anything_is_measured(tmp_path, text):
+    (tmp_path / "time.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"--out is .*time\.json, which holds no results of this benchmark"):
+        lean_step.run_time(lean_step.Time(arch="digits", out=tmp_path / "time.json"))
+    assert (tmp_path / "time.json").read_text() == text
+
+
 def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
     compiled = []
 

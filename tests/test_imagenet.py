@@ -217,6 +217,9 @@ def test_a_dense_network_of_unknown_origin_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match="--origin is missing"):
             imagenet.dense_settings(config)
+    (tmp_path / "config.json").write_text('{"origin": "timm-lite"}')
+    with pytest.raises(ConfigError, match=r"--dense began from weights of timm-lite, by .*; of resnet50"):
+        imagenet.dense_settings(config)
     (tmp_path / "config.json").write_text('{"origin": "torchvision-v2"}')
     assert imagenet.dense_settings(config).interpolation == "bilinear"
     assert imagenet.dense_settings(config).origin == "torchvision-v2"

@@ -39,7 +39,6 @@ from experiments.console import run_command
 from experiments.data import photographs
 from experiments.data.tfds_source import Example, open_split
 
-RESULTS = Path(__file__).parents[1] / "results" / "input_pipeline.json"
 LOADER = "this loader"
 
 
@@ -63,7 +62,7 @@ class Options:
     turns: int = 7
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes for the measurement of scaling; none leaves it out."""
-    out: Path = RESULTS
+    out: Path = Path("runs/input_pipeline.json")
     """Where the raw results go."""
 
     def check(self) -> None:

@@ -5,8 +5,8 @@
 
 Two ways of pruning stand beside the dense step: LTP to a penalty, as in the paper, and LTP to a target compression.
 What the latter begins with is compiled once in a run; `--methods beginning` has the compiler's figures of it.
-Results are added to `experiments/results/lean_step_compile.json`, one row for each step, and `lean_step_time.json`, one
-for each measurement, or to the file of `--out`; what is there stays.
+Results are added to `runs/lean_step_compile.json`, one row for each step, and `lean_step_time.json`, one for each
+measurement, or to the file of `--out`; what is there stays.
 """
 
 import dataclasses
@@ -32,7 +32,6 @@ from experiments.dry_run import IMAGENET_TRAIN_SIZE
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
 
-RESULTS = Path(__file__).parents[1] / "results"
 METHODS = {
     "dense": None,
     "penalty": LtpConfig(),
@@ -58,7 +57,7 @@ class Compile:
     """The batch of each chip."""
     timeout: float = 7200.0
     """Seconds that a compilation may take."""
-    out: Path = RESULTS / "lean_step_compile.json"
+    out: Path = Path("runs/lean_step_compile.json")
     """The JSON file to add to; what it has is not compiled again."""
 
     def check(self) -> None:
@@ -87,7 +86,7 @@ class Time:
     """Images a step."""
     steps: int = 30
     """Steps of each kind that are timed, after three that are not."""
-    out: Path = RESULTS / "lean_step_time.json"
+    out: Path = Path("runs/lean_step_time.json")
     """The JSON file to add to."""
 
     def check(self) -> None:
@@ -139,6 +138,7 @@ def run_compile(options: Compile) -> None:
                 "images_per_chip": options.images_per_chip,
             }
             if any(all(old.get(key) == value for key, value in row.items()) for old in read(options.out)):
+                print(f"{arch} {method}: is in {options.out}", flush=True)
                 continue
             size = models.spec(arch).input_size
             step = training_step(
@@ -182,6 +182,7 @@ def compile_table(rows: Sequence[dict[str, Any]]) -> str:
 def run_time(options: Time) -> None:
     """Times steps in turns, so that whatever else the machine does falls on all of them."""
     size = options.image_size or models.spec(options.arch).input_size
+    earlier = read(options.out)
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     running: dict[str, tuple[Any, Any, Any]] = {}
@@ -217,7 +218,7 @@ def run_time(options: Time) -> None:
             for method, times in seconds.items()
         },
     }
-    write(options.out, [*read(options.out), row])
+    write(options.out, [*earlier, row])
     for method in COMPARED:
         print(f"{options.arch} {method}: {row['median_seconds'][method]:.4f} s, ×{row['ratio_to_dense'][method]:.4f}")
 
@@ -241,14 +242,22 @@ def _fill(shapes: Any, rng: np.random.Generator) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a result file; none if it is not there."""
-    return json.loads(path.read_text()) if path.exists() else []
+    """The rows of a result file; none if it is not there. Raises ConfigError if it is no such file."""
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        if not isinstance(rows, list):
+            raise ValueError("it is no list")
+        return [dict(row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--out is {path}, which holds no results of this benchmark ({error})") from error
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows, one on a line."""
+    """Writes the rows, one on a line; the file is there as a whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
+    temporary.replace(path)
 
 
 def main() -> None:
