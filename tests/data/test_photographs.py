@@ -3,6 +3,11 @@
 import itertools
 import logging
 import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +118,48 @@ def test_a_worker_process_that_is_killed_is_one_message(make_dataset, photos, tm
         worker.kill()
     with pytest.raises(data.DataError, match=r"a worker that reads images is gone .*exit code -9"):
         take(batches, 100)
+
+
+def test_worker_processes_outlast_a_request_to_end(make_dataset, photos, tmp_path):
+    make_dataset("tiny", {"train": photos, "test": photos})
+    batches = photographs("tiny", str(tmp_path), image_size=16, workers=1).train(4, seed=0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    assert len(list(itertools.islice(batches, 100))) == 100  # many more than lie ready
+    assert worker.is_alive()
+    batches.close()
+
+
+ORPHANS = """
+import multiprocessing, os, signal, sys
+from experiments.data.photographs import photographs
+
+batches = photographs("tiny", sys.argv[1], image_size=16, workers=1).train(4, seed=0)
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_worker_processes_end_with_a_run_that_is_killed(make_dataset, photos, tmp_path):
+    make_dataset("tiny", {"train": photos, "test": photos})
+    done = subprocess.run([sys.executable, "-c", ORPHANS, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (worker,) = done.stdout.split()
+
+    def runs() -> bool:
+        try:
+            return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    for _ in range(300):
+        if not runs():
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker goes on")
 
 
 def test_training_replaces_an_unreadable_image_by_its_readable_neighbour(make_dataset, photos, tmp_path):
