@@ -66,7 +66,7 @@ class Compile:
         require_any("--arch", self.arch)
         require_any("--methods", self.methods)
         for arch in self.arch:
-            _check_arch(arch)
+            check_arch(arch)
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"--methods has {method}; accepted are {', '.join(METHODS)}")
@@ -92,7 +92,7 @@ class Time:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "out")
-        _check_arch(self.arch)
+        check_arch(self.arch)
         if self.image_size is not None:
             smallest = models.spec(self.arch).min_size
             require(self.image_size >= smallest, "--image-size", self.image_size, f"at least {smallest}")
@@ -104,7 +104,8 @@ class Time:
         require(self.steps >= 1, "--steps", self.steps, "at least 1")
 
 
-def _check_arch(arch: str) -> None:
+def check_arch(arch: str) -> None:
+    """Raises ConfigError if the library has no such network."""
     if arch not in models.names():
         raise ConfigError(f"--arch is {arch}; accepted are {', '.join(models.names())}")
 
