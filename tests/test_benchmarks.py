@@ -1,6 +1,7 @@
 """The benchmarks' command lines and what they write; what they measure is not repeated here."""
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import tyro
 
 from experiments.ahead_of_time import Figures
-from experiments.benchmarks import input_pipeline, lean_step, seeds
+from experiments.benchmarks import input_pipeline, lean_step, seeds, targets
 from experiments.config import ConfigError
 from ltp_jax.trail import Entry
 
@@ -29,6 +30,12 @@ from ltp_jax.trail import Entry
         (lean_step, ["compile", "--timeout=inf"], "^--timeout is inf; accepted is more than 0, and finite"),
         (lean_step, ["compile", "--out=gs://bucket/r.json"], "^--out is gs:/bucket/r.json; accepted is a path of this"),
         (lean_step, ["time", "--out=gs://bucket/r.json"], "^--out is gs:/bucket/r.json; accepted is a path of this"),
+        (targets, ["--arch", "foo"], "^--arch is foo; accepted are digits, lenet_300_100, "),
+        (targets, ["--arch", "alexnet", "--image-size=62"], "^--image-size is 62; accepted is at least 63 for alexnet"),
+        (targets, ["--compressions", "1"], "^--compressions has 1; accepted is a finite number, more than 1"),
+        (targets, ["--macs", "inf"], "^--macs has inf; accepted is a finite number, more than 1"),
+        (targets, ["--steps=9"], "^--steps is 9; accepted is at least 10"),
+        (targets, ["--batch-size=65"], "^--batch-size is 65; accepted is 1 to 64"),
         (seeds, ["--workdir=gs://bucket"], "^--workdir is gs:/bucket; accepted is a path of this machine"),
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs://bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is at least one"),
@@ -43,7 +50,7 @@ def test_impossible_options_are_one_message(benchmark, words, message, monkeypat
         benchmark.main()
 
 
-@pytest.mark.parametrize("benchmark", [input_pipeline, lean_step, seeds])
+@pytest.mark.parametrize("benchmark", [input_pipeline, lean_step, seeds, targets])
 def test_help_names_the_command(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
     with pytest.raises(SystemExit):
@@ -85,6 +92,25 @@ def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
         lean_step.run_compile(lean_step.Compile(arch=("digits",), methods=methods, out=tmp_path / "compile.json"))
     assert compiled == [None, lean_step.METHODS["target"]]
     assert [row["method"] for row in lean_step.read(tmp_path / "compile.json")] == ["dense", "target"]
+
+
+def test_targets_are_met_and_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
+    words = ["--arch", "digits", "--image-size=8", "--steps=12", f"--out={tmp_path / 'targets.json'}"]
+    monkeypatch.setattr(sys, "argv", ["targets.py", *words, "--compressions", "20", "--macs", "4"])
+    targets.main()
+    by_weights, by_macs = lean_step.read(tmp_path / "targets.json")
+    weights = 40_208  # of the five kernels
+    assert by_weights["achieved"] == pytest.approx(weights / math.floor(weights / 20), rel=1e-6)
+    assert by_macs["achieved"] == pytest.approx(4, rel=0.01)
+    for row in (by_weights, by_macs):
+        assert row["shares"][-1] == pytest.approx(1 / row["achieved"], rel=1e-5)
+        assert len(row["shares"]) == 12
+    # The plan ends after 60 % of the steps; the eighth is the first that has to be near the target.
+    assert abs(math.log(by_weights["shares"][7] * 20)) < math.log(by_weights["largest_factor_off_plan"]) + 1e-9
+    told = capsys.readouterr().out
+    monkeypatch.setattr(targets, "run", lambda *args: pytest.fail("was run again"))
+    targets.main()
+    assert capsys.readouterr().out == told
 
 
 def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_path, monkeypatch):
