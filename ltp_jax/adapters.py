@@ -38,7 +38,8 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
 def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Array] = lambda images: images) -> Apply:
     """An NNX module split by ``graphdef, params, rest = nnx.split(model, nnx.Param, ...)``.
 
-    ``rest`` takes the place of the batch statistics: all the network's state that is not a parameter. ``train``
+    Any other filter in the place of ``nnx.Param`` chooses what is trained; the rest is kept as it is. ``rest`` takes
+    the place of the batch statistics: all the network's state that is not among the parameters. ``train``
     switches the module between ``train()`` and ``eval()``, and the key reseeds all its random streams. What it sows,
     ``nnx.Intermediate``, is dropped; what it sowed before the split raises ValueError.
     """
@@ -61,6 +62,7 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
             model.eval()
         logits = model(preprocess(images))
         nnx.pop(model, nnx.Intermediate)  # the graph definition does not know of it
-        return logits, nnx.split(model, nnx.Param, ...)[2]
+        trained = {tuple(path) for path, _ in nnx.to_flat_state(params)}
+        return logits, nnx.split(model, lambda path, _: tuple(path) in trained, ...)[2]
 
     return apply

@@ -96,7 +96,10 @@ def target_density(
     Each step counts the weights above each threshold and a tenth beside it, and looks for the largest; where exactly
     the target lies is found once, at the end of the selection. A training of fewer steps than ``select_steps`` does
     not come to it: its density is near the planned one. Fixed masks stay as they are: to prune further, call ``init``
-    on the pruned parameters.
+    on the pruned parameters. Under ``jax.vmap`` the search is part of every step.
+
+    Weights of exactly one size in a layer are kept or pruned together. Where there are many of them, as of quantised
+    weights that are not trained, the target cannot be met to one weight.
 
     Args:
       plan: which tensors are pruned.
@@ -133,7 +136,7 @@ def target_density(
         raise ValueError(f"the leak is {leak}; accepted is 0 to 1")
     if not 1 <= prune_steps <= select_steps:
         raise ValueError(f"prune_steps is {prune_steps}, select_steps {select_steps}; accepted is 1 to select_steps")
-    if density < least:
+    if density < least * (1 - SLACK):
         raise ValueError(
             f"a density of {density:.3g} leaves fewer than one weight to each of the {sum(layers.values())} layers; "
             f"the least is {least:.3g}"
@@ -146,14 +149,18 @@ def target_density(
         for path, leaf in named_leaves(params):
             if path in sizes and leaf.dtype != jnp.float32:
                 raise ValueError(f"{path} is of {leaf.dtype}; to meet a target weights have to be float32")
-        offsets = lamp_offsets(params, prune.thresholds, density, shares)
+        offsets, scale = begin(params, prune.thresholds)
+        return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
+
+    @jax.jit  # or each operation would be compiled by itself where the caller does not compile: seconds for a layer
+    def begin(params, thresholds):
+        offsets = lamp_offsets(params, thresholds, density, shares)
         # The network begins whole, with thresholds of zero; the scale where the plan is after its first step, which is
         # said of the weights that are not zero already: no threshold can leave more than those.
-        measured = measure(params, prune.thresholds, shares)
+        measured = measure(params, thresholds, shares)
         # A long plan leaves all of them at first: some weight has to go, or the scale would be zero and stay there.
         aim = measured.present * jnp.minimum(planned(1), 1 - 2 * SLACK)
-        scale = solve_scale(params, prune.thresholds, offsets, measured.largest, aim, shares)
-        return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
+        return offsets, solve_scale(params, thresholds, offsets, measured.largest, aim, shares)
 
     def soften(params, thresholds, state, step):
         # No weight comes back to fixed masks: what it got of the gradient would only distort a norm of it.

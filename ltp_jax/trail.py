@@ -7,8 +7,10 @@ Checkpoints are Orbax's. An entry of the trail is a directory ``<epoch>`` that h
 import dataclasses
 import json
 import logging
+import operator
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from ltp_jax.selection import named_leaves
 from ltp_jax.transform import Summary, each_layer
 
 T = TypeVar("T")
@@ -189,27 +192,33 @@ class Trail:
         """Writes an entry in the background; all processes of a job take part.
 
         Args:
-          entry: its figures.
+          entry: its figures; the epoch is a whole number, 0 or more.
           params: the hard-pruned parameters, which may be donated once this returns.
           batch_stats: the batch statistics.
 
         Raises:
-          TrailError: if the directory cannot be written, or has an entry of this epoch; also for an earlier entry that
-            failed in the background.
+          TrailError: if the directory cannot be written, or has an entry of this epoch; if the epoch is no such number,
+            or the network cannot be kept; also for an earlier entry that failed in the background.
         """
         if self._manager is None:
             raise TrailError(
                 f"the trail in {self.path} was opened to be read, or closed; open it with create=True to add to it"
             )
-        if entry.epoch in self._manager.all_steps():
-            raise TrailError(f"the trail in {self.path} has an entry of epoch {entry.epoch} already")
+        try:
+            epoch = operator.index(entry.epoch)
+        except TypeError:
+            epoch = -1
+        if epoch < 0:
+            raise TrailError(f"an entry is of epoch {entry.epoch!r}; accepted is a whole number, 0 or more")
+        if epoch in self._manager.all_steps():
+            raise TrailError(f"the trail in {self.path} has an entry of epoch {epoch} already")
         figures = json.loads(
             json.dumps(dataclasses.asdict(entry) | {"gap": entry.gap}, default=lambda figure: figure.item())
         )
         metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(_plain(params, batch_stats))
         with _writing(self.path):
             # Without force one of an epoch before the latest, which was lost, would be passed over.
-            self._manager.save(entry.epoch, args=ocp.args.Composite(network=network, metrics=metrics), force=True)
+            self._manager.save(epoch, args=ocp.args.Composite(network=network, metrics=metrics), force=True)
 
     def wait(self) -> None:
         """Returns when all entries are on disk."""
@@ -241,7 +250,7 @@ class Trail:
 def pareto(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
     """Those of the entries that no other beats in both compression and top-1, by rising compression."""
     front: list[Entry] = []
-    for entry in sorted(entries, key=lambda e: (-e.compression, -e.top1)):
+    for entry in sorted((e for e in entries if e.top1 == e.top1), key=lambda e: (-e.compression, -e.top1)):
         if not front or entry.top1 > front[-1].top1:
             front.append(entry)
     return tuple(reversed(front))
@@ -251,11 +260,20 @@ class Resume:
     """The latest two training states of a run, apart from its trail.
 
     Args:
-      path: the directory, made if it is not there.
+      path: the directory, made if it is not there. It is of these states alone: the third removes the first.
+
+    Raises:
+      TrailError: if it holds what a trail, or somebody else, has numbered; or it cannot be written to.
     """
 
     def __init__(self, path: str | Path):
         self.path = _absolute(path)
+        for step in ocp.utils.checkpoint_steps(self.path) if self.path.is_dir() else ():
+            if not (self.path / str(step) / "state").is_dir():
+                raise TrailError(
+                    f"{self.path / str(step)} is no state to resume from, and would be removed in time; give states "
+                    "a directory of their own"
+                )
         self._manager = _manager(self.path, max_to_keep=2)
 
     def save(self, step: int, state: Any) -> None:
@@ -310,8 +328,21 @@ class Resume:
 
 
 def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
-    """Writes one network, in the form that entries of a trail have; returns when it is on disk."""
+    """Writes one network, in the form that entries of a trail have; returns when it is on disk.
+
+    Args:
+      path: the directory that it becomes; a network that is there is replaced.
+      params: the parameters.
+      batch_stats: the batch statistics.
+
+    Raises:
+      TrailError: if the directory holds anything else, cannot be written, or the network cannot be kept.
+    """
     path = _absolute(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / "_METADATA").exists():
+        raise TrailError(
+            f"{path} holds other things than a network, which would be lost; name a directory for it alone"
+        )
     with _writing(path), ocp.StandardCheckpointer(async_options=_directories_first()) as checkpointer:
         checkpointer.save(path, _plain(params, batch_stats), force=True)
 
@@ -320,6 +351,7 @@ def _plain(params: Any, batch_stats: Any) -> dict[str, Any]:
     """A network as nested dicts of arrays, without the boxes of NNX variables and of Linen metadata.
 
     Random streams of an NNX network are left out: they are no part of it, and a key would come back as mere numbers.
+    Raises TrailError where two tensors would be one.
     """
 
     def plain(tree: Any) -> Any:
@@ -327,7 +359,11 @@ def _plain(params: Any, batch_stats: Any) -> dict[str, Any]:
             return nnx.to_pure_dict(nnx.filter_state(tree, nnx.Not(nnx.RngState)))
         return nn.meta.unbox(tree)
 
-    return {"params": plain(params), "batch_stats": plain(batch_stats)}
+    network = {"params": plain(params), "batch_stats": plain(batch_stats)}
+    names = Counter(path.replace("/", ".") for path, _ in named_leaves(network))  # as Orbax has them
+    if again := [name for name, count in names.items() if count > 1]:
+        raise TrailError(f"two tensors would both be {again[0]} on disk; give one of them a name without dots")
+    return network
 
 
 def restore_network(path: str | Path) -> dict[str, Any]:
@@ -360,7 +396,7 @@ def _absolute(path: str | Path) -> Path:
     """Raises TrailError for an address, which as a path is a folder of that name in the current one."""
     if re.match("[a-z][a-z0-9]+:/", str(path)):
         raise TrailError(f"{path} is no path of a file system; accepted is one, such as that of a mounted bucket")
-    return Path(path).absolute()
+    return Path(path).expanduser().absolute()
 
 
 def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:

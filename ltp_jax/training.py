@@ -122,7 +122,7 @@ def make_train_step(
         n = jnp.float32(batch["label"].size)
         step_totals = {
             "loss": task.astype(jnp.float32) * n,
-            "correct": jnp.sum(jnp.argmax(logits, -1) == batch["label"], dtype=jnp.float32),
+            "correct": jnp.sum(_numbers(logits) & (jnp.argmax(logits, -1) == batch["label"]), dtype=jnp.float32),
             "examples": n,
         }
         return TrainState(
@@ -152,6 +152,7 @@ def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax
         logits = logits.astype(jnp.float32)  # a sum of many losses in half precision is percents off
         real = jnp.asarray(batch.get("mask", jnp.ones(batch["label"].shape)), bool)
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == batch["label"][..., None]
+        best &= _numbers(logits)[..., None]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return {
             "top1": jnp.sum(real & best[..., 0], dtype=jnp.float32),
@@ -162,6 +163,11 @@ def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax
         }
 
     return eval_step
+
+
+def _numbers(logits: jax.Array) -> jax.Array:
+    """Which examples have logits that are numbers: the first of those that are none would pass for the highest."""
+    return ~jnp.any(jnp.isnan(logits), -1)
 
 
 def _check_shape(logits: jax.Array, batch: Batch, name: str) -> None:

@@ -396,6 +396,14 @@ def test_offsets_descend_the_loss():
     assert densities(1e-2)["head/kernel"] > densities(0.0)["head/kernel"]
 
 
+@pytest.mark.parametrize("n", range(10))
+def test_one_weight_for_each_layer_is_accepted(n):
+    """Whatever the sum of their shares is rounded to."""
+    params = {f"layer{i}": {"kernel": jnp.ones((100, 100 + i + n))} for i in range(5)}
+    plan = ltp.plan(params)
+    target.target_density(plan, 5 / plan.prunable, prune_steps=1, select_steps=1)
+
+
 @pytest.mark.parametrize(
     ("density", "prune_steps", "select_steps", "message"),
     [

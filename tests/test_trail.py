@@ -87,6 +87,8 @@ def test_pareto_set(path):
     assert [e.epoch for e in Trail(path).pareto()] == [0, 1, 3, 4]
     # Of two that are equal in both, one is enough.
     assert len(pareto((entry(1, 4.0, 89.0), entry(2, 4.0, 89.0)))) == 1
+    # One of which nothing is known beats none.
+    assert [e.epoch for e in pareto((entry(1, 4.0, 89.0), entry(2, 8.0, float("nan"))))] == [1]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +303,48 @@ def test_lost_entries_are_saved_anew_behind_later_ones(tmp_path):
         assert trail.epochs == (0, 1, 2)
     assert Trail(tmp_path).entries == ENTRIES[:3]
     chex.assert_trees_all_equal(trail.restore(trail.dense)["params"], jax.device_get(PARAMS))
+
+
+@pytest.mark.parametrize("epoch", [1.0, np.float32(2), 0.5, -1, None])
+def test_an_epoch_is_a_whole_number(tmp_path, epoch):
+    with contextlib.closing(Trail(tmp_path, create=True)) as trail:
+        with pytest.raises(TrailError, match=r"an entry is of epoch .*; accepted is a whole number, 0 or more"):
+            trail.save(dataclasses.replace(ENTRIES[1], epoch=epoch), PARAMS, STATS)
+        trail.save(dataclasses.replace(ENTRIES[1], epoch=np.int32(1)), PARAMS, STATS)
+    assert Trail(tmp_path).entries == (ENTRIES[1],)
+
+
+def test_a_network_replaces_a_network_and_nothing_else(tmp_path):
+    save_network(tmp_path / "dense", PARAMS, {})
+    save_network(tmp_path / "dense", {"w": jnp.ones(3)}, {})
+    assert list(restore_network(tmp_path / "dense")["params"]) == ["w"]
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(TrailError, match="holds other things than a network, which would be lost"):
+        save_network(tmp_path, PARAMS, {})
+    assert (tmp_path / "thesis.tex").read_text() == "years"
+    (tmp_path / "empty").mkdir()
+    save_network(tmp_path / "empty", PARAMS, {})
+
+
+def test_states_do_not_take_the_place_of_what_others_have_numbered(tmp_path):
+    with contextlib.closing(Trail(tmp_path / "trail", create=True)) as trail:
+        trail.save(ENTRIES[0], PARAMS, STATS)
+    (tmp_path / "classes" / "7").mkdir(parents=True)
+    for folder in ("trail/0", "classes/7"):
+        with pytest.raises(TrailError, match=rf"{folder} is no state to resume from, and would be removed in time"):
+            Resume((tmp_path / folder).parent)
+
+
+def test_tensors_that_would_be_one_on_disk_are_refused(tmp_path):
+    with pytest.raises(TrailError, match=r"two tensors would both be params\.a\.b\.w on disk"):
+        save_network(tmp_path / "dense", {"a.b": {"w": jnp.zeros(1)}, "a": {"b.w": jnp.ones(1)}}, {})
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_network("~/dense", PARAMS, {})
+    assert (tmp_path / "dense").is_dir()
 
 
 def test_figures_may_be_arrays(tmp_path):

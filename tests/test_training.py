@@ -279,6 +279,24 @@ def test_what_an_nnx_network_sowed_before_the_split_is_refused():
         nnx_apply(graphdef)(params, rest, jnp.ones((4, 3)), train=True, key=None)
 
 
+def test_an_nnx_network_that_is_trained_in_part_keeps_the_rest():
+    model = networks.NnxNet(nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.All(nnx.Param, nnx.PathContains("head")), ...)
+    assert {path.partition("/")[0] for path, _ in ltp.named_leaves(params)} == {"head"}
+    pruner = target_density(ltp.plan(params), 0.25, prune_steps=1, select_steps=2)
+    apply, optimizer = nnx_apply(graphdef), optax.sgd(0.1)
+    step = jax.jit(chex.assert_max_traces(make_train_step(apply, optimizer, pruner, cross_entropy()), n=1))
+    state = create_state(params, rest, optimizer, pruner, jax.random.key(0))
+    for i in range(3):
+        state = step(state, networks.batch(seed=i))
+    frozen = {path: leaf for path, leaf in ltp.named_leaves(rest) if path.endswith("kernel")}
+    assert frozen
+    after = dict(ltp.named_leaves(state.batch_stats))
+    for path, leaf in frozen.items():
+        np.testing.assert_array_equal(after[path], leaf)
+    assert np.count_nonzero(state.params["head"]["kernel"][...]) == np.size(params["head"]["kernel"][...]) // 4
+
+
 def test_thresholds_of_half_precision_weights_are_not_learned(variables):
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), variables["params"])
     pruner = pruners.learned_thresholds(ltp.plan(half), lambda step: 1.0, optax.sgd(0.1), learn_steps=2)
@@ -447,6 +465,23 @@ def test_network_that_says_nothing_gets_no_credit():
     counts = fixed_logits(np.zeros((7, 7), np.float32))({}, {}, batch)
     assert counts["top1"] == 1
     assert counts["top5"] == 5
+
+
+def test_network_whose_logits_are_no_numbers_gets_no_credit():
+    """The first class that is no number would pass for the highest, and is the right one of most examples."""
+    logits = np.zeros((3, 7), np.float32)
+    logits[0] = np.nan
+    logits[1, 0] = np.nan
+    batch = {"image": jnp.zeros((3, 1)), "label": jnp.zeros(3, jnp.int32)}
+    counts = fixed_logits(logits)({}, {}, batch)
+    assert (counts["top1"], counts["top5"], counts["examples"]) == (1, 1, 3)
+
+    def apply(params, batch_stats, images, *, train, key):
+        return params["w"] * logits, batch_stats
+
+    optimizer, pruner = optax.sgd(0.1), pruners.dense()
+    state = create_state({"w": jnp.ones(())}, {}, optimizer, pruner, jax.random.key(0))
+    assert make_train_step(apply, optimizer, pruner, cross_entropy())(state, batch).totals["correct"] == 1
 
 
 def test_padding_cannot_spoil_the_loss():
