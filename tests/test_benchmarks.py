@@ -149,6 +149,39 @@ def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_pa
     assert commands[0][-2:] == ["--ltp.leak=0", "--tensorboard"]
 
 
+def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):
+    def entry(epoch, compression, top1, gap):
+        figures = {"densities": {}, "thresholds": {}, "top5": 99.0, "loss": 1.0, "soft_top1": top1 + gap}
+        return Entry(epoch, epoch, compression, density=1 / compression, top1=top1, **figures)
+
+    trails = {
+        "digits-3": (entry(0, 1.0, 90.0, 0.0), entry(1, 8.0, 89.5, -0.75)),
+        "digits-4": (entry(0, 1.0, 92.0, 0.0), entry(1, 8.0, 94.0, 0.5), entry(2, 16.0, 91.0, 0.25)),
+    }
+
+    class Trail:
+        def __init__(self, path):
+            self.entries = trails[path.name]
+            self.dense = self.entries[0]
+
+        def pick(self, max_top1_drop):
+            assert max_top1_drop == 1.5
+            return self.entries[-1]
+
+    started = []
+    monkeypatch.setattr(seeds, "Trail", Trail)
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, check: started.append(words) or subprocess.CompletedProcess(words, 0)
+    )
+    words = ["--seeds", "3", "4", "--max-top1-drop=1.5", "--workdir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["seeds.py", *words])
+    seeds.main()
+    written = json.loads((tmp_path / "digits.json").read_text())
+    assert written["mean"] == {"compression": 12.0, "top1": 90.25, "drop": 0.75, "largest_gap": 0.75}
+    assert [run["picked"]["epoch"] for run in written["runs"]] == [1, 2]
+    assert [words[words.index("--seed") + 1] for words in started] == ["3", "4"]
+
+
 def test_the_example_of_seeds_can_be_typed():
     example = (seeds.__doc__ or "").splitlines()[-1]
     assert example.startswith(f"{seeds.PROG} ")

@@ -114,6 +114,14 @@ def test_exact_thresholds_under_jit_leave_as_many():
     assert counts == [1696 // 10] * 2
 
 
+@pytest.mark.parametrize(("kept", "size"), [(3, 13), (15, 53)])
+def test_exact_thresholds_are_exact_whatever_rounding_says_of_the_shares(kept, size):
+    params, share = {"kernel": jnp.arange(1.0, size + 1)}, np.float32(1 / size)
+    assert share * np.float32(kept) > np.float32(kept / size)  # one weight too many, as float32 has it
+    tau = density.exact_thresholds(params, {"kernel": jnp.zeros(())}, jnp.zeros(1), kept / size, {"kernel": 1 / size})
+    assert int(ltp.summarize(params, ltp.PruneState(tau, {})).kept) == kept
+
+
 def test_measure():
     params = {"kernel": jnp.array([0.5, 0.95, -1.0, 1.05, -2.0, 0.0])}
     measured = density.measure(params, {"kernel": jnp.float32(0.98)}, {"kernel": 0.1})

@@ -8,21 +8,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from experiments import report
 from experiments import run as runs
-from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record
+from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record, write_json
 from experiments.console import MetricsWriter, RunError, run_command
 from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
 from experiments.fashion_mnist import PRESETS
 from ltp_jax import models
-from ltp_jax.trail import Trail, TrailError, restore_network, save_network
+from ltp_jax.pruner import dense
+from ltp_jax.trail import Entry, Trail, TrailError, restore_network, save_network
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +91,77 @@ def test_figures_of_an_entry_are_those_of_its_network(finished):
     assert trail.entries[-1].top1 == pytest.approx(100 * np.mean(logits.argmax(-1) == batch["label"]))
     top5 = np.argsort(-logits, axis=-1)[:, :5] == batch["label"][:, None]
     assert trail.entries[-1].top5 == pytest.approx(100 * np.mean(top5.any(-1)))
+    assert trail.entries[-1].loss == pytest.approx(mean_loss(logits, batch["label"]), rel=1e-4)
+
+
+def mean_loss(logits, labels):
+    return np.mean(np.log(np.exp(np.float64(logits)).sum(-1)) - logits[np.arange(len(labels)), labels])
+
+
+def test_soft_figures_and_those_of_training_are_those_of_the_state(finished):
+    """The state that was saved at the end, read without the run's own means."""
+    entry, dataset = Trail(finished).entries[-1], digits()
+    state = ocp.StandardCheckpointer().restore(finished / "resume" / str(entry.step) / "state")
+    prune = state["pruning"]["prune"]
+
+    def soft(keys, w):
+        path = "/".join(key.key for key in keys)
+        if path not in prune["thresholds"]:
+            return w
+        return w * (1 + np.tanh((w**2 - prune["thresholds"][path]) / prune["temperatures"][path] / 2)) / 2
+
+    params = jax.tree_util.tree_map_with_path(soft, jax.device_get(state["params"]))
+    batch = next(iter(dataset.evaluate(dataset.eval_size)))
+    images = (np.float32(batch["image"]) - np.float32(dataset.mean)) / np.float32(dataset.std)
+    network = {"params": params, "batch_stats": state["batch_stats"]}
+    logits = np.asarray(models.create("digits", num_classes=10).apply(network, images, train=False))
+    assert entry.soft_top1 == pytest.approx(100 * np.mean(logits.argmax(-1) == batch["label"]))
+    assert entry.soft_loss == pytest.approx(mean_loss(logits, batch["label"]), rel=1e-4)
+    assert entry.soft_loss != entry.loss
+    # Of the second epoch alone, its 13 batches.
+    totals = state["totals"]
+    assert totals["examples"] == 13 * 96
+    assert entry.train_loss == pytest.approx(float(totals["loss"] / totals["examples"]))
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if (row["stage"], row["kind"]) == ("prune", "train")][-1]
+    assert last["accuracy"] == pytest.approx(100 * float(totals["correct"] / totals["examples"]))
+
+
+def test_table_and_pictures_of_a_trail(tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.update({path.stem: self}))
+
+    def entry(epoch, compression, top1, tau, macs):
+        return Entry(
+            epoch=epoch,
+            step=10 * epoch,
+            compression=compression,
+            density=1 / compression,
+            densities={"a/kernel": 1 / compression},
+            thresholds={"a/kernel": tau},
+            top1=top1,
+            top5=99.125,
+            loss=0.5,
+            soft_top1=top1 + 0.25,
+            macs_compression=macs,
+        )
+
+    entries = (entry(0, 1.0, 90.0, 0.0, 1.0), entry(1, 8.0, 88.5, 0.25, 3.5), entry(2, 4.0, 88.0, 1e-35, None))
+    paths = report.write(SimpleNamespace(entries=entries), tmp_path, "title")
+    rows = [line for line in paths["table"].read_text().splitlines() if re.match(r"\| \d", line)]
+    assert rows == [
+        "| 0 | 1.00× | 100.00% | 1.00× | 90.00 | +0.00 | 99.12 | 0.5000 | +0.25 | * |",
+        "| 1 | 8.00× | 12.50% | 3.50× | 88.50 | +1.50 | 99.12 | 0.5000 | +0.25 | * |",
+        "| 2 | 4.00× | 25.00% | – | 88.00 | +2.00 | 99.12 | 0.5000 | +0.25 |  |",
+    ]
+    axes = figures["accuracy"].axes[0]
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), [(1, 90), (8, 88.5), (4, 88)])
+    level, below, front = axes.lines
+    assert [*level.get_ydata(), *below.get_ydata()] == [90, 90, 89, 89]
+    np.testing.assert_allclose(np.transpose(front.get_data()), [(1, 90), (8, 88.5)])
+    np.testing.assert_allclose(figures["density"].axes[0].lines[0].get_data(), [(0, 1, 2), (1, 1 / 8, 1 / 4)])
+    # The thresholds in units of w, from the first epoch on; those of fixed masks are none.
+    np.testing.assert_allclose(figures["thresholds"].axes[0].lines[0].get_data(), [(1, 2), (0.5, np.nan)])
 
 
 def test_run_writes_what_the_documentation_says(finished):
@@ -185,6 +263,34 @@ class Counting:
     def evaluate(self, batch_size, **options):
         self.evaluations += 1
         return self._dataset.evaluate(batch_size, **options)
+
+
+def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_path):
+    asked, begun = {}, []
+
+    class Asked(Counting):
+        def train(self, batch_size, **options):
+            asked.update(options)
+            raise Interrupted
+
+    module, config = models.create("digits", num_classes=10), tiny(tmp_path, seed=7)
+    metrics, resume = SimpleNamespace(rewind=lambda *args: None), SimpleNamespace(restore=lambda abstract: None)
+    job = runs.Job(config, module, Asked(digits()), None, metrics, Console(), lambda: False)
+    with pytest.raises(Interrupted):
+        job._fit(
+            "pretrain",
+            config.pretrain,
+            dense(),
+            optax.sgd(0.1),
+            None,
+            resume,
+            keep=lambda state, epoch: begun.append(state),
+            settle=lambda: None,
+        )
+    assert (asked["seed"], asked["start_step"]) == (7, 0)
+    expected = module.init(jax.random.key(7), np.zeros((1, 8, 8, 1), np.float32), train=False)
+    chex.assert_trees_all_close(begun[0].params, expected["params"], rtol=1e-5)
+    np.testing.assert_array_equal(jax.random.key_data(begun[0].key), jax.random.key_data(jax.random.key(7)))
 
 
 @pytest.mark.parametrize(("batch_size", "after"), [(128, 12), (96, 5), (96, 16)])
@@ -319,6 +425,16 @@ def test_broken_configuration_file_is_said(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"config.json is no record of a run"):
             record(tiny(tmp_path))
+
+
+def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):
+    path, before = tmp_path / "record.json", tmp_path / "before.json"
+    write_json(path, {"a": 1})
+    before.hardlink_to(path)
+    write_json(path, {"a": 2})
+    # The file that was there was not written to: it would be half a file while that goes on.
+    assert [json.loads(file.read_text()) for file in (before, path)] == [{"a": 1}, {"a": 2}]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_two_runs_do_not_write_to_one_directory(finished, tmp_path):

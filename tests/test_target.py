@@ -131,8 +131,9 @@ def test_two_updates_by_hand():
     # ∂L/∂a = 2τ · ∂L/∂τ = 0.6 and −0.8. In a tenth to both sides of each threshold lie two weights, so that the
     # slopes are equal and what keeps the budget is the distance to the mean: 0.7 and −0.7, of which a tenth is taken.
     wanted = np.array([-0.07, math.log(2) + 0.07])
+    old = jax.tree.map(lambda w: 9 * w, params)  # those before the step are not what is left after it
     for step in (0, 1):
-        _, new = pruner.update(grads, params, params, state, jnp.int32(step))
+        _, new = pruner.update(grads, old, params, state, jnp.int32(step))
         np.testing.assert_allclose(new.offsets, wanted, atol=1e-6)
         # 16 of 20 are left, with the slope 4/20/0.2 = 1, in units of the density 1.25. The plan after the second step
         # is 0.2^(1 − 0.8³) = 0.456. The first step leaves the scale where it is.
@@ -141,11 +142,20 @@ def test_two_updates_by_hand():
         np.testing.assert_allclose([new.thresholds[path] for path in tau], np.exp(2 * (move + wanted)), rtol=1e-5)
         assert not new.fixed
     # At the twelfth update masks are fixed: 4 of 20, by size over exp(a_l), are 3.0, 1.95, 6.0 and 3.9.
-    _, new = pruner.update(grads, params, params, state, jnp.int32(11))
+    _, new = pruner.update(grads, old, params, state, jnp.int32(11))
     assert new.fixed
     left = [np.flatnonzero(w[0]).tolist() for w in jax.tree.leaves(pruner.harden(params, new))]
     assert sum(map(len, left)) == 4
     assert all(9 in places for places in left)
+
+
+def test_offsets_begin_where_lamp_has_the_target():
+    # As in the test of LAMP by hand: of weights of 1 to 4 and of 5 to 8 five of eight are left, the least of them 3 and
+    # 6; where those of a cost three times as much, 4 of 16 buy the largest of each.
+    params = {"a": {"kernel": jnp.arange(1.0, 5)[None]}, "b": {"kernel": jnp.arange(5.0, 9)[None]}}
+    for density, costs, least in ((5 / 8, None, [3, 6]), (4 / 16, {"a/kernel": 3.0, "b/kernel": 1.0}, [4, 8])):
+        pruner = target.target_density(ltp.plan(params), density, prune_steps=9, select_steps=9, costs=costs)
+        np.testing.assert_allclose(pruner.init(params).offsets, np.log(least), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("first", "stride"), [(0, 1), (0, 7), (15, 1), (1000, 1)])
@@ -355,6 +365,8 @@ def test_the_fixed_network_is_what_every_verb_says():
         for path, w in ltp.named_leaves(state.params):
             if path in plan.paths:
                 np.testing.assert_array_equal(w != 0, dict(ltp.named_leaves(masks))[path])
+        # Nothing is searched for again: what is zero is all that is pruned.
+        assert set(map(float, state.pruning.thresholds.values())) == {float(np.float32(target.FIXED_THRESHOLD))}
     state = states[-1]
     hard, soft = (verb(state.params, state.pruning.prune) for verb in (ltp.hard_prune, ltp.soft_prune))
     jax.tree.map(np.testing.assert_array_equal, hard, state.params)

@@ -116,11 +116,38 @@ def test_of_equals_the_better_one_is_picked(tmp_path):
     trail.close()
 
 
+def test_a_drop_is_from_the_dense_network_and_not_from_the_best(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    for e in (ENTRIES[0], entry(1, 4.0, 91.0), entry(2, 16.0, 89.5)):
+        trail.save(e, PARAMS, STATS)
+    assert trail.pick(max_top1_drop=0.6).epoch == 2
+    trail.close()
+
+
+def test_an_entry_can_be_read_as_soon_as_it_is_saved(tmp_path):
+    kernel = jnp.ones((1000, 1000))  # of a size that takes a while to write
+    trail = Trail(tmp_path, create=True)
+    trail.save(ENTRIES[0], {"kernel": kernel}, {})
+    np.testing.assert_array_equal(trail.restore(ENTRIES[0])["params"]["kernel"], kernel)
+    trail.save(ENTRIES[1], {"kernel": kernel}, {})
+    assert trail.entries == ENTRIES[:2]
+    trail.close()
+
+
 def test_a_target_that_is_met_to_one_weight_in_a_million_is_met(tmp_path):
     trail = Trail(tmp_path, create=True)
     for e in (ENTRIES[0], entry(1, 5242880 / 2621441, 88.0)):
         trail.save(e, PARAMS, STATS)
     assert trail.pick(min_compression=2).epoch == 1
+    trail.close()
+
+
+def test_a_drop_that_is_met_but_for_rounding_is_met(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    for e in (entry(0, 1.0, 90.01), entry(1, 4.0, 89.99)):
+        trail.save(e, PARAMS, STATS)
+    assert 90.01 - 0.02 > 89.99
+    assert trail.pick(max_top1_drop=0.02).epoch == 1
     trail.close()
 
 

@@ -34,6 +34,20 @@ def test_step_of_a_threshold_by_hand():
     np.testing.assert_allclose(state.thresholds["kernel"], 0.09, rtol=1e-5)
 
 
+def test_first_step_of_a_threshold_by_hand():
+    # From r = 0 the derivative is that at a hundredth, ∂L/∂r = −2 · 2 · 0.01, r' = 0.004, τ' = 1.6e-5.
+    optimizer = optax.sgd(0.1)
+    state = pruners.step_thresholds({"kernel": jnp.float32(-2.0)}, threshold_state(optimizer, 0.0), optimizer, 1e-3)
+    np.testing.assert_allclose(state.thresholds["kernel"], 1.6e-5, rtol=1e-4)
+
+
+def test_the_optimizer_of_thresholds_is_told_where_they_are():
+    # As prodigy and others need it, in units of the spread: r = 0.5, and decay adds half of it to ∂L/∂r = 2.
+    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
+    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    np.testing.assert_allclose(state.thresholds["kernel"], (0.5 - 0.1 * 2.25) ** 2, rtol=1e-5)
+
+
 def test_threshold_stays_in_its_valid_range():
     optimizer = optax.sgd(10.0)
     state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
@@ -131,6 +145,41 @@ def test_loss_and_penalty_are_what_they_say(variables):
     penalty = pruner.soften(state.params, state.pruning.thresholds, state.pruning, state.step)[1]
     np.testing.assert_allclose(penalty, 10 * density, rtol=1e-5)
     assert totals["examples"] == 16
+
+
+def test_the_penalty_is_that_of_the_step():
+    # Next to nothing is soft at this temperature: the density is 1, and the penalty what its schedule says.
+    ramp = optax.linear_schedule(0.0, 8.0, 4)
+    pruner = pruners.learned_thresholds(ltp.plan(W), ramp, optax.sgd(0.1), learn_steps=9, t0=1e-3)
+    state = pruner.init(W)
+    penalties = [pruner.soften(W, state.thresholds, state, jnp.int32(step))[1] for step in (0, 1, 3, 7)]
+    np.testing.assert_allclose(penalties, [0, 2, 6, 8], rtol=1e-5)
+
+
+def test_a_method_is_told_how_many_steps_were_taken():
+    """Of one whose penalty has the step for its gradient: three steps of rate 1 take 0 + 1 + 2 from the weight."""
+    pruner = pruners.dense()._replace(
+        soften=lambda params, thresholds, state, step: (params, step * params["kernel"][0, 0])
+    )
+    optimizer, batch = optax.sgd(1.0), {"image": np.zeros((4, 3)), "label": np.zeros(4, int)}
+    step = jax.jit(make_train_step(product, optimizer, pruner, cross_entropy()))
+    state = create_state({"kernel": jnp.zeros((3, 5))}, {}, optimizer, pruner, jax.random.key(0))
+    for _ in range(3):
+        state = step(state, batch)
+    np.testing.assert_array_equal(state.params["kernel"], [[-3, 0, 0, 0, 0], [0] * 5, [0] * 5])
+
+
+def test_totals_of_an_epoch_by_hand():
+    """Of a network that stays as it is, and gives its images for logits."""
+    optimizer, pruner = optax.sgd(0.0), pruners.dense()
+    step = jax.jit(make_train_step(product, optimizer, pruner, cross_entropy()))
+    state = create_state({"kernel": jnp.eye(3)}, {}, optimizer, pruner, jax.random.key(0))
+    for labels in ([0, 1, 2, 2], [1, 1, 0, 2]):  # of images that are largest in 0, 1, 1, 1: two are right, then one
+        images = np.float32([[2, 0, 0], [0, 2, 0], [0, 2, 0], [0, 2, 0]])
+        state = step(state, {"image": images, "label": np.array(labels)})
+    right, wrong = (np.log(np.exp(2) + 2) - logit for logit in (2, 0))
+    totals = {name: float(value) for name, value in state.totals.items()}
+    assert totals == pytest.approx({"correct": 3, "examples": 8, "loss": 3 * right + 5 * wrong}, rel=1e-5)
 
 
 def test_dense_method_trains_the_network_as_it_is(variables):
@@ -338,6 +387,12 @@ def test_one_bad_gradient_moves_no_threshold(bad):
     np.testing.assert_allclose(state.thresholds["kernel"], (0.5 - 0.2 - 0.18) ** 2, rtol=1e-5)
 
 
+def test_an_optimizer_that_divides_by_a_gradient_of_zero_moves_no_threshold():
+    optimizer = optax.stateless(lambda grads, params: -0.1 * grads / jnp.abs(grads))
+    state = pruners.step_thresholds({"kernel": jnp.float32(0.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    np.testing.assert_allclose(state.thresholds["kernel"], 0.25, rtol=1e-6)
+
+
 def test_a_threshold_below_zero_is_one_of_zero():
     optimizer = optax.sgd(0.1)
     below, zero = (
@@ -380,6 +435,19 @@ def test_linen_and_nnx_train_alike(variables):
     chex.assert_trees_all_close(nnx.to_pure_dict(of_nnx.params), linen.params, rtol=1e-3, atol=1e-5)
     chex.assert_trees_all_close(of_nnx.pruning.thresholds, linen.pruning.thresholds, rtol=1e-2)
     np.testing.assert_allclose(nnx_logits, linen_logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_images_are_preprocessed(variables, train):
+    graphdef, params, rest = nnx.split(networks.NnxNet(nnx.Rngs(0)), nnx.Param, ...)
+    images, key = networks.batch()["image"], jax.random.key(0)
+    for adapter, network, *state in (
+        (linen_apply, networks.LinenNet(), variables["params"], variables["batch_stats"]),
+        (nnx_apply, graphdef, params, rest),
+    ):
+        given = adapter(network, lambda images: 3 * images - 1)(*state, images, train=train, key=key)
+        expected = adapter(network)(*state, 3 * images - 1, train=train, key=key)
+        chex.assert_trees_all_equal(given, expected)
 
 
 def test_nnx_trains_without_a_key():
@@ -449,6 +517,15 @@ def test_evaluation_counts_by_hand():
     assert (counts["top1"], counts["top5"], counts["examples"]) == (1, 2, 3)
     losses = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(np.float64(logits), (2, 1, 6), strict=False)]
     np.testing.assert_allclose(counts["loss"], sum(losses), rtol=1e-6)
+
+
+def test_evaluation_is_no_training():
+    """Of a network that is right when it is evaluated, and wrong while it is trained or draws at random."""
+
+    def apply(params, batch_stats, images, *, train, key):
+        return jnp.roll(jnp.eye(3), int(train or key is not None), axis=0), batch_stats
+
+    assert make_eval_step(apply)({}, {}, {"image": jnp.zeros((3, 1)), "label": jnp.arange(3)})["top1"] == 3
 
 
 def test_evaluation_without_padding_needs_no_mask():

@@ -151,6 +151,7 @@ def test_a_run_and_its_report(small, tmp_path, capsys, monkeypatch):
     command, results = small
     run = ("run", "--variants", "target", "magnitude, pruned within 50 %, distilled, half", "--seeds", "2")
     command(*run)
+    assert [path.name for path in tmp_path.glob("digits*")] == ["digits_held_out_lenet_300_100"]  # not the test images
     files = sorted(results.glob("*.json"))
     assert [path.name for path in files] == [
         "magnitude__pruned_within_50____distilled__half_2.json",

@@ -62,6 +62,13 @@ def test_global_schedule():
     assert densities(pruner, 7) == [(4, 4), (4, 4), (0, 3), (0, 3), (0, 2), (0, 2), (0, 2)]
 
 
+def test_the_last_change_of_the_masks_leaves_the_target():
+    # Within seven steps of which every fourth changes them, the last does so at step 4: the plan ends there, and is not
+    # at 1/8 + 7/8·(3/7)³ = 0.19 of 8 weights.
+    pruner = baselines.gradual_magnitude(PLAN, 1 / 8, prune_steps=7, every=4)
+    assert densities(pruner, 9) == [(4, 4)] * 4 + [(0, 1)] * 5
+
+
 def test_uniform_schedule():
     # Of 4 weights each: 4, round(1.375) = 1, 1.
     pruner = baselines.gradual_magnitude(PLAN, 1 / 4, prune_steps=4, every=2, uniform=True)

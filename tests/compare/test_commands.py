@@ -128,6 +128,20 @@ def test_distillation_takes_the_labels_of_the_network_it_starts_from(harness, tm
     assert total["loss"] / total["examples"] > np.mean(entropies)
 
 
+def test_accuracies_are_shares_of_the_images(harness, monkeypatch):
+    """In batches of 100, of which the last of 540 images is padded."""
+    monkeypatch.setattr("experiments.harness.EVAL_BATCH", 100)
+    network, data = harness.dense_network(0), harness.dataset
+
+    def right(images, labels):
+        logits, _ = harness.apply(network["params"], network["batch_stats"], images, train=False, key=None)
+        return 100 * np.mean(np.asarray(logits).argmax(-1) == labels)
+
+    assert harness.top1(**network) == pytest.approx(right(data.eval_images, data.eval_labels), abs=0.01)
+    first = right(data.train_images[:540], data.train_labels[:540])
+    assert harness.train_top1(**network) == pytest.approx(first, abs=0.01)
+
+
 def test_the_dense_network_is_trained_once(harness):
     first, again = harness.dense_network(0), harness.dense_network(0)
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -180,7 +194,23 @@ def test_hold_out_takes_the_last_training_images():
     held = hold_out(data, 100)
     assert (held.train_size, held.eval_size) == (data.train_size - 100, 100)
     np.testing.assert_array_equal(held.eval_images, data.train_images[-100:])
+    np.testing.assert_array_equal(held.eval_labels, data.train_labels[-100:])
+    np.testing.assert_array_equal(held.train_images, data.train_images[:-100])
     np.testing.assert_array_equal(held.train_labels, data.train_labels[:-100])
+
+
+def test_settings_are_judged_on_training_images_and_methods_on_those_for_evaluation(tmp_path, monkeypatch):
+    data, given = digits(), {}
+    setup = compare.NETWORKS["lenet_300_100"]._replace(load=lambda data_dir: data)
+    monkeypatch.setitem(compare.NETWORKS, "lenet_300_100", setup)
+    monkeypatch.setattr(compare, "HELD_OUT", 100)
+    for command, name in (("tune", "tune"), ("run", "grid")):
+        monkeypatch.setattr(compare, name, lambda config, harness: given.update({config.command: harness.dataset}))
+        monkeypatch.setattr(sys, "argv", ["compare", command, f"--workdir={tmp_path}"])
+        compare.main()
+    assert given["tune"].train_size == data.train_size - 100
+    np.testing.assert_array_equal(given["tune"].eval_images, data.train_images[-100:])
+    assert given["run"] is data
 
 
 def test_augmented_images_are_shifted_by_up_to_two_pixels_and_mirrored():

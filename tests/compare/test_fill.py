@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from experiments import compare, compare_report
 from experiments.compare_settings import Trial, make_pruner
 from experiments.config import TrainConfig
 from experiments.data import digits
-from experiments.harness import Harness
+from experiments.harness import Harness, what_is_left
 
 TRAIN = TrainConfig(epochs=2, batch_size=128, learning_rate=0.05, weight_decay=5e-4)
 TRIALS = {
@@ -38,6 +39,17 @@ def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
     trained, compiled, trial = [], harness.compiled, TRIALS[method]
     network = harness.dense_network(1)
     monkeypatch.setattr(harness, "compiled", lambda pruner, train: trained.append(train) or compiled(pruner, train))
+    judged = []
+
+    def judging(top1):
+        def judge(params, batch_stats):
+            judged.append(what_is_left(harness.plan, params)[0])
+            return top1(params, batch_stats)
+
+        return judge
+
+    for name in ("top1", "train_top1"):
+        monkeypatch.setattr(harness, name, judging(getattr(harness, name)))
     compare.fill(harness, TRAIN, [(tmp_path / "cell.json", 1)], method, 8.0, trial)
 
     cell = compare_report.read_cell(tmp_path / "cell.json")
@@ -56,6 +68,7 @@ def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
     assert cell["top1"] > 25  # of ten classes
 
     first, last = (epoch["compression"] for epoch in cell["epochs"])
+    assert judged[:4] == [first, last, last, 1]  # on either kind of images, what is left and not what was trained
     densities = list(cell["densities"].values())
     if method == "dense":
         assert (first, last) == (1, 1)
@@ -71,6 +84,17 @@ def test_a_network_tells_how_it_was_trained(tmp_path):
     Harness(digits(), "lenet_300_100", tmp_path, TRAIN).dense_network(0)
     (record,) = tmp_path.glob("*/dense_0.json")
     assert TrainConfig(**json.loads(record.read_text())) == TRAIN
+
+
+def test_each_seed_has_a_network_of_its_own(tmp_path, monkeypatch):
+    harness, begun = Harness(digits(), "lenet_300_100", tmp_path, TRAIN), {}
+    monkeypatch.setattr(
+        harness, "_train_dense", lambda network, seed: [begun.setdefault(seed, SimpleNamespace(**network))]
+    )
+    for seed in (1, 2):
+        harness.dense_network(seed)
+        expected = harness.module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), train=False)
+        jax.tree.map(np.testing.assert_array_equal, begun[seed].params, expected["params"])
 
 
 PARAMS = {

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import compare_report
@@ -106,6 +107,44 @@ def test_pictures_of_what_is_there(tmp_path, methods, pictures):
     assert len(drawn) == pictures
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def drawn(draw, cells, monkeypatch):
+    """What a picture shows: its axes."""
+    figures = []
+    monkeypatch.setattr(compare_report, "save_picture", lambda figure, path: figures.append(figure))
+    draw(cells, None)
+    return figures[0].axes
+
+
+def test_picture_of_accuracies(monkeypatch):
+    (axes,) = drawn(compare_report.draw_accuracy, CELLS, monkeypatch)
+    line, _, (bars,) = next(c for c in axes.containers if c.get_label() == "LTP").lines
+    # The geometric mean of 8 and 8.01, and the standard deviation of 90 and 91.
+    np.testing.assert_allclose(np.transpose(line.get_data(orig=False)), [(64.08**0.5, 90.5), (16, 87.5)], rtol=1e-6)
+    ends = [bar[:, 1] for bar in bars.get_segments()]
+    np.testing.assert_allclose(ends, [(90.5 - 0.5**0.5, 90.5 + 0.5**0.5), (87.5, 87.5)], rtol=1e-6)
+    dense = next(line for line in axes.lines if line.get_label() == "dense")
+    np.testing.assert_allclose(dense.get_ydata(), 91.5)
+
+
+def test_picture_of_densities(monkeypatch):
+    cells = [*CELLS[:2], CELLS[1] | {"method": "gmp_global"}]
+    cells[0] = cells[0] | {"densities": {"a/kernel": 0.3, "b/kernel": 0.4}}
+    (axes,) = drawn(compare_report.draw_densities, cells, monkeypatch)
+    assert [[round(bar.get_height(), 6) for bar in bars] for bars in axes.containers] == [[20, 30], [10, 20]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_picture_of_the_plan(monkeypatch):
+    (axes,) = drawn(compare_report.draw_plan, CELLS[:2], monkeypatch)
+    plan, *dots, _ = axes.lines
+    # Halfway through the descent, which takes 40 % of two epochs, the plan is at (1/8)^(1 − 1/8).
+    times, densities = plan.get_data()
+    assert densities[list(times).index(0.4)] == pytest.approx(100 * 8 ** (-7 / 8), rel=1e-5)
+    assert densities[-1] == pytest.approx(12.5)
+    assert [line.get_xdata().tolist() for line in dots] == [[1, 2]] * 2
+    assert [line.get_ydata().tolist() for line in dots] == [[25, 12.5], [25, pytest.approx(100 / 8.01)]]
 
 
 @pytest.mark.parametrize(

@@ -295,11 +295,12 @@ def test_str_is_judged_between_its_decays():
 
 
 def test_a_figure_is_read_off_the_line_between_the_nearest_on_either_side():
-    # 128× is nearer to two that are sparser, on a steeper slope, than to 32×: halfway from 32× to 512×, in logarithms.
-    points = [(512, 84.0), (32, 90.0), (1024, 70.0), (8, 91.0)]
-    assert settings.at(128, points) == pytest.approx(87)
-    assert settings.at(2048, points) == pytest.approx(56)  # beyond them all
-    assert settings.at(32, points) == pytest.approx(90)
+    # 128× is nearer to two that are sparser, on a steeper slope, than to 16×: three fourths of the way from 16× to
+    # 256×, in logarithms.
+    points = [(256, 84.0), (16, 90.0), (512, 70.0), (8, 91.0)]
+    assert settings.at(128, points) == pytest.approx(85.5)
+    assert settings.at(1024, points) == pytest.approx(56)  # beyond them all
+    assert settings.at(16, points) == pytest.approx(90)
     assert settings.at(33, [(32, 90.0), (32.3, 91.0)]) == 91.0  # less than 2 % apart they have no line
 
 

@@ -161,7 +161,9 @@ def test_fashion_mnist(data_dir):
     assert (dataset.train_size, dataset.eval_size, dataset.num_classes) == (60_000, 10_000, 10)
     assert dataset.image_shape == (28, 28, 1)
     assert (np.bincount(dataset.train_labels) == 6000).all()
+    assert (np.bincount(dataset.eval_labels) == 1000).all()  # so they are in the test split
     np.testing.assert_allclose(dataset.train_images.mean(), dataset.mean, atol=0.01)
+    np.testing.assert_allclose(dataset.train_images.std(), dataset.std, atol=0.01)
     batch = next(dataset.train(4, seed=0))
     assert all((dataset.train_images == image).all(axis=(1, 2, 3)).any() for image in batch["image"])
 
@@ -172,3 +174,6 @@ def test_cifar10(data_dir):
     assert dataset.image_shape == (32, 32, 3)
     # The copy to develop with is re-encoded as JPEG, which moves the channels' means by a few hundredths.
     np.testing.assert_allclose(dataset.train_images.mean(axis=(0, 1, 2)), dataset.mean, atol=0.1)
+    np.testing.assert_allclose(dataset.train_images.std(axis=(0, 1, 2)), dataset.std, atol=0.5)
+    assert (dataset.padding, dataset.flip) == (4, True)
+    assert (np.bincount(dataset.eval_labels) == 1000).all()  # so they are in the test split

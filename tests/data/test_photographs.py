@@ -197,6 +197,29 @@ def test_a_dataset_without_one_readable_image_is_an_error(make_dataset, photos, 
         next(dataset.train(2, seed=0))
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("imagenet2012", None, "validation"),  # the labels of its test split are not public
+        ("imagenet2012_subset/1pct:5.0.0", None, "validation"),
+        ("tiny", None, "test"),
+        ("imagenet2012", "train[:5%]", "train[:5%]"),
+    ],
+)
+def test_images_to_evaluate_on_are_those_held_out(make_dataset, photos, tmp_path, monkeypatch, name, given, expected):
+    make_dataset("tiny", {"train": photos, "test": photos[:10]})
+    opened, open_split = [], photographs.__globals__["open_split"]
+
+    def opening(name, data_dir, split):
+        opened.append((name, split))
+        return open_split("tiny", data_dir, "train" if split == "train" else "test")
+
+    monkeypatch.setitem(photographs.__globals__, "open_split", opening)
+    dataset = photographs(name, str(tmp_path), image_size=16, eval_split=given)
+    assert opened == [(name, "train"), (name, expected)]
+    assert (dataset.train_size, dataset.eval_size) == (23, 10)
+
+
 def test_splits_may_be_parts_of_splits(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": photos})
     dataset = photographs("tiny", str(tmp_path), image_size=16, train_split="train[:20]", eval_split="train[20:]")

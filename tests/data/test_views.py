@@ -140,6 +140,14 @@ def test_eval_view_resizes_and_crops_as_torchvision_does(crop_fraction, short, i
     np.testing.assert_array_equal(view, resized[top : top + 224, left : left + 224])
 
 
+def test_eval_view_of_a_fraction_whose_quotient_is_rounded_down():
+    assert 192 / (192 / 225) < 225
+    image = scene(300, 413)
+    resized = np.asarray(image.resize((309, 225), Image.Resampling.BILINEAR))
+    view = geometry.eval_view(encode(image, "PNG"), 192, 192 / 225, "bilinear")
+    np.testing.assert_array_equal(view, resized[16:208, 58:250])
+
+
 def test_eval_view_of_an_upright_image():
     image = scene(413, 300)
     view = geometry.eval_view(encode(image, "PNG"), 224, 224 / 300, "bilinear")
