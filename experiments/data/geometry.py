@@ -122,7 +122,7 @@ def eval_view(encoded: bytes, size: int, crop_fraction: float, interpolation: In
         UnreadableImage: see `decoding.decode`.
     """
     image = Image.fromarray(decoding.decode(encoded))
-    # The small excess keeps quotients such as 224 / (224 / 232) from falling to the integer below.
+    # The small excess keeps quotients such as 192 / (192 / 225) from falling to the integer below.
     short = math.floor(size / crop_fraction + 1e-6)
     long = short * max(image.size) // min(image.size)
     width, height = (short, long) if image.width <= image.height else (long, short)
