@@ -31,12 +31,14 @@ class Measured(NamedTuple):
 
     Attributes:
       density: a float32 scalar in [0, 1].
+      kept: what each layer has of it, a row.
       present: the density of thresholds of zero.
       slopes: what the density loses per unit of ``log √τ_l``, a row; not negative.
       largest: the largest ``w²`` of each layer, a row.
     """
 
     density: jax.Array
+    kept: jax.Array
     present: jax.Array
     slopes: jax.Array
     largest: jax.Array
@@ -62,6 +64,7 @@ def measure(params: Params, thresholds: Scalars, shares: Mapping[str, float]) ->
     )
     return Measured(
         density=jnp.sum(kept),
+        kept=kept,
         present=jnp.sum(nonzero),
         slopes=(below - above) / (2 * SLOPE_WIDTH),
         largest=_row({path: largest for path, (_, largest) in measured.items()}),

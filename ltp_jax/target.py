@@ -33,6 +33,8 @@ FIXED_TEMPERATURE = 2e-38
 """``T`` of fixed masks, about the least of float32: the soft mask is a step, and soft and hard network are the same."""
 MAX_STEP = 0.3
 """Most that ``log m`` moves in a training step."""
+LEAST_SHARE = 0.1
+"""Of the weights that LAMP would leave a layer at the target, what it keeps on the way there."""
 
 
 class TargetState(flax.struct.PyTreeNode):
@@ -42,6 +44,7 @@ class TargetState(flax.struct.PyTreeNode):
       prune: what the verbs of the library take.
       log_scale: ``log m``, a float32 scalar; ``m`` has no unit, and 1 is the target as LAMP has it.
       offsets: ``a_l``, a row; ``exp(a_l)`` is in units of ``w``.
+      least: what each layer keeps of the density on the way, a row.
       optimizer: the state of the offsets' optimizer.
       fixed: whether the masks are, a bool scalar.
     """
@@ -49,6 +52,7 @@ class TargetState(flax.struct.PyTreeNode):
     prune: PruneState
     log_scale: jax.Array
     offsets: jax.Array
+    least: jax.Array
     optimizer: optax.OptState
     fixed: jax.Array
 
@@ -149,8 +153,8 @@ def target_density(
         for path, leaf in named_leaves(params):
             if path in sizes and leaf.dtype != jnp.float32:
                 raise ValueError(f"{path} is of {leaf.dtype}; to meet a target weights have to be float32")
-        offsets, scale = begin(params, prune.thresholds)
-        return TargetState(prune, jnp.log(scale), offsets, optimizer.init(offsets), jnp.zeros((), bool))
+        offsets, least, scale = begin(params, prune.thresholds)
+        return TargetState(prune, jnp.log(scale), offsets, least, optimizer.init(offsets), jnp.zeros((), bool))
 
     @jax.jit  # or each operation would be compiled by itself where the caller does not compile: seconds for a layer
     def begin(params, thresholds):
@@ -160,7 +164,9 @@ def target_density(
         measured = measure(params, thresholds, shares)
         # A long plan leaves all of them at first: some weight has to go, or the scale would be zero and stay there.
         aim = measured.present * jnp.minimum(planned(1), 1 - 2 * SLACK)
-        return offsets, solve_scale(params, thresholds, offsets, measured.largest, aim, shares)
+        scale = solve_scale(params, thresholds, offsets, measured.largest, aim, shares)
+        at_target = ravel_pytree(thresholds)[1](scaled_thresholds(jnp.float32(1), offsets))
+        return offsets, LEAST_SHARE * measure(params, at_target, shares).kept, scale
 
     def soften(params, thresholds, state, step):
         # No weight comes back to fixed masks: what it got of the gradient would only distort a norm of it.
@@ -183,9 +189,10 @@ def target_density(
             without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
         moved = cast(jax.Array, optax.apply_updates(state.offsets, finite_or_zero(cast(jax.Array, updates))))
-        offsets = below_the_largest(moved, log_scale, measured.largest)
+        lowered = moved - shortfall(measured.kept, measured.slopes, state.least)
+        offsets = below_the_largest(lowered, log_scale, measured.largest)
         prune = state.prune.replace(thresholds=by_path(scaled_thresholds(jnp.exp(log_scale), offsets)))
-        selected = TargetState(prune, log_scale, offsets, optimizer_state, state.fixed)
+        selected = TargetState(prune, log_scale, offsets, state.least, optimizer_state, state.fixed)
         fix_now = (step + 1 >= select_steps) & ~state.fixed
         exact = jax.lax.cond(
             fix_now,
@@ -213,6 +220,22 @@ def below_the_largest(offsets: jax.Array, log_scale: jax.Array, largest: jax.Arr
     # A thousandth, so that rounding leaves the threshold below; the least normal number, for a layer of zeros.
     tiny = jnp.finfo(jnp.float32).tiny
     return jnp.minimum(offsets, jnp.log(jnp.maximum(largest, tiny)) / 2 - 1e-3 - log_scale)
+
+
+def shortfall(kept: jax.Array, slopes: jax.Array, least: jax.Array) -> jax.Array:
+    """How much ``log √τ_l`` has to fall for a layer to have its least; zero where it has that.
+
+    The weights of some layers grow while they are trained. Those of others fall behind the common scale then, and far
+    from all their thresholds' slopes could bring back would be pruned, to the last one.
+
+    Args:
+      kept: what each layer has, a row.
+      slopes: what it loses per unit of ``log √τ_l``, a row.
+      least: what it has to have, a row.
+    """
+    kept = jnp.maximum(kept, jnp.finfo(jnp.float32).tiny)
+    # Of normally distributed weights 2 is the slope where one in eight is left; it is steeper with fewer.
+    return jnp.clip(jnp.log(jnp.maximum(least, kept) / kept) / jnp.maximum(slopes / kept, 2), 0, MAX_STEP)
 
 
 def newton_step(density: jax.Array, slopes: jax.Array, planned: jax.Array) -> jax.Array:

@@ -117,6 +117,35 @@ def test_offsets_stay_below_the_largest_weight():
     assert held[1] == offsets[1]
 
 
+def test_thresholds_fall_where_a_layer_lacks_weights():
+    # Half of what it has to have, with a slope of 4 in its logarithm; a third, with none that could be seen, where 2 is
+    # taken and 0.3 is the most; enough.
+    fall = target.shortfall(jnp.array([0.05, 0.03, 0.1]), jnp.array([0.2, 0.0, 0.0]), jnp.array([0.1, 0.09, 0.1]))
+    np.testing.assert_allclose(fall, [math.log(2) / 4, 0.3, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("density", [1 / 8, 1 / 64])
+def test_a_layer_keeps_weights_while_all_others_grow(density):
+    """The others grow four times as large, and the common scale with them: it would leave the layer a single weight."""
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "a": {"kernel": jax.random.normal(keys[0], (100, 100))},
+        "b": {"kernel": jax.random.normal(keys[1], (200, 200))},
+    }
+    pruner = target.target_density(ltp.plan(params), density, prune_steps=60, select_steps=90)
+    state = pruner.init(params)
+    lamp = 10 * state.least[0] * 50_000  # weights that it would have by LAMP
+    update, kept = jax.jit(pruner.update), []
+    for step in range(100):
+        old, params = params, {**params, "b": jax.tree.map(lambda w: 1.02 * w, params["b"])} if step < 75 else params
+        params, state = update(jax.tree.map(jnp.zeros_like, state.thresholds), old, params, state, jnp.int32(step))
+        summary = ltp.summarize(params, state.prune)
+        kept.append(int(summary.tensors["a/kernel"].kept))
+    # While they grow, thresholds are a step behind.
+    assert 0.06 * lamp < min(kept) < 0.11 * lamp
+    assert summary.count_kept() == 50_000 * density // 1
+
+
 def test_two_updates_by_hand():
     # Two tensors of ten weights; √τ of 1 and 2 on the way from 16 of 20 weights to 4 of 20.
     sizes = np.array([0.5, 0.92, 1.04, 1.5, 1.6, 1.7, 1.8, 1.9, 1.95, 3.0], np.float32)

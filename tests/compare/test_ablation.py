@@ -98,7 +98,7 @@ def test_other_offsets_begin_with_as_many_weights():
     # they are, 1 1 1.2 2 3 4 5 8, four lie above 2.5.
     params = {"a": {"kernel": jnp.array([[1.0, -2, 4, 8]])}, "b": {"kernel": jnp.array([[1.0, 3, -5, 1.2]])}}
     own, tau = jnp.log(jnp.array([2.0, 1.0])), {"a/kernel": jnp.zeros(()), "b/kernel": jnp.zeros(())}
-    state = TargetState(PruneState(tau, {}), jnp.log(1.5), own, (), jnp.zeros((), bool))
+    state = TargetState(PruneState(tau, {}), jnp.log(1.5), own, jnp.zeros(2), (), jnp.zeros((), bool))
     pruner = target_density(ltp.plan(params), 0.5, prune_steps=1, select_steps=1)._replace(init=lambda params: state)
     found = ablation_variants.starting(lambda job: pruner, ablation_variants.at_zero)(job(params)).init(params)
     assert found.offsets.tolist() == [0, 0]
