@@ -128,11 +128,10 @@ def main() -> None:
         for kind, compression, target in targets:
             settings = {name: getattr(options, name) for name in ("steps", "image_size", "batch_size", "seed")}
             row = {"arch": arch, "of": kind, "target": compression} | settings
-            rows = read(options.out)
-            done = next((old for old in rows if row.items() <= old.items()), None)
+            done = next((old for old in read(options.out) if row.items() <= old.items()), None)
             if done is None:
                 done = row | run(arch, target, options)
-                write(options.out, [*rows, done])
+                write(options.out, [*read(options.out), done])  # another start of this may have added to it
             print(
                 f"{arch}, {compression:g}× fewer {kind}: {done['achieved']:.4f}× ({done['off_target']:+.4%}), on the "
                 f"way off the plan by up to {done['largest_factor_off_plan'] - 1:.1%}, at least "
