@@ -29,7 +29,15 @@ from experiments.compare_settings import (
     make_pruner,
     without_decay,
 )
-from experiments.config import ConfigError, TrainConfig, require, require_any, require_local, write_json
+from experiments.config import (
+    ConfigError,
+    TrainConfig,
+    require,
+    require_any,
+    require_compressions,
+    require_local,
+    write_json,
+)
 from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
 from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
@@ -134,9 +142,7 @@ class CompareConfig:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "data_dir", "workdir", "results", "pictures")
         require_any("--methods", self.methods)
-        for compression in self.compressions:
-            if not 1 < compression < math.inf:
-                raise ConfigError(f"--compressions has {compression:g}; accepted is a finite number, more than 1")
+        require_compressions("--compressions", self.compressions)
         if self.epochs is not None:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         if self.augment and NETWORKS[self.arch].load is data.cifar10:

@@ -1,6 +1,6 @@
 """What a training is made of: the network on a dataset's images, its optimizer, and LTP as the options have it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ def network_uses(module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> dict[st
     """How often each weight is used for one image, by path."""
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     return uses_per_input(module, images, plan, train=False)
+
+
+def budget_left(summary: ltp.Summary, uses: Mapping[str, float]) -> tuple[float, float]:
+    """Multiply-accumulates of all prunable weights for one image, and of those that are kept."""
+    tensors = summary.tensors.items()
+    return sum(uses[path] * t.weights for path, t in tensors), sum(uses[path] * int(t.kept) for path, t in tensors)
 
 
 def check_batch(stage: str, train: TrainConfig, devices: int, images: int, dataset: str) -> None:

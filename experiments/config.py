@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -247,6 +248,13 @@ def require_any(flag: str, values: Sequence[Any]) -> None:
         raise ConfigError(f"{flag} is empty; accepted is one or more")
 
 
+def require_compressions(flag: str, values: Sequence[float]) -> None:
+    """Raises ConfigError for the first value that is no compression."""
+    for value in values:
+        if not 1 < value < math.inf:
+            raise ConfigError(f"{flag} has {value:g}; accepted is a finite number, more than 1")
+
+
 def require_local(options: Any, *names: str) -> None:
     """Raises ConfigError if one of these options names a bucket, and not a path of this machine."""
     accepted = "a path of this machine, such as one in a bucket that is mounted"
@@ -357,9 +365,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a record, and the folder it lies in; the file is there as a whole or not at all."""
+    write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, and the folder it lies in; the file is there as a whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 import ltp_jax as ltp
 from experiments import distributed, report
 from experiments.components import (
+    budget_left,
     check_batch,
     check_network,
     init_network,
@@ -296,6 +297,7 @@ class Job:
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
             figures, soft_figures = self._evaluate(state.batch_stats, hard, soft)
             summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
+            macs, macs_left = budget_left(summary, uses)
             entry = Entry.of(
                 summary,
                 epoch=epoch,
@@ -307,8 +309,7 @@ class Job:
                 soft_top5=soft_figures["top5"],
                 soft_loss=soft_figures["loss"],
                 train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
-                macs_compression=sum(uses[path] * t.weights for path, t in summary.tensors.items())
-                / max(sum(uses[path] * int(t.kept) for path, t in summary.tensors.items()), 1),
+                macs_compression=macs / max(macs_left, 1),
             )
             trail.save(entry, hard, state.batch_stats)
             self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})

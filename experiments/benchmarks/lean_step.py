@@ -25,7 +25,7 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any, require_local
+from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any, require_local, write_whole
 from experiments.console import run_command
 from experiments.data.photographs import usable_cores
 from experiments.dry_run import IMAGENET_TRAIN_SIZE
@@ -255,10 +255,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows, one on a line; the file is there as a whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
-    temporary.replace(path)
+    write_whole(path, "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ one that is there is not run again.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,16 @@ import tyro
 
 import ltp_jax as ltp
 from experiments.benchmarks.lean_step import PAPER, check_arch, read, write
-from experiments.components import ltp_pruner, weights_optimizer
-from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any, require_local
+from experiments.components import budget_left, ltp_pruner, weights_optimizer
+from experiments.config import (
+    ConfigError,
+    LtpConfig,
+    TrainConfig,
+    require,
+    require_any,
+    require_compressions,
+    require_local,
+)
 from experiments.console import run_command
 from ltp_jax import models
 from ltp_jax.adapters import linen_apply
@@ -63,18 +70,10 @@ class Targets:
             smallest = models.spec(arch).min_size
             require(self.image_size >= smallest, "--image-size", self.image_size, f"at least {smallest} for {arch}")
         for option, values in {"--compressions": self.compressions, "--macs": self.macs}.items():
-            for value in values:
-                if not 1 < value < math.inf:
-                    raise ConfigError(f"{option} has {value:g}; accepted is a finite number, more than 1")
+            require_compressions(option, values)
         require(self.steps >= 10, "--steps", self.steps, "at least 10")
         if not 1 <= self.batch_size <= IMAGES:
             raise ConfigError(f"--batch-size is {self.batch_size}; accepted is 1 to {IMAGES}")
-
-
-def share_left(summary: ltp.Summary, uses: Mapping[str, float]) -> float:
-    """The share of the budget that is left: of the weights, each counted as often as it is used."""
-    left = sum(uses[path] * int(tensor.kept) for path, tensor in summary.tensors.items())
-    return left / sum(uses[path] * tensor.weights for path, tensor in summary.tensors.items())
 
 
 def run(arch: str, target: LtpConfig, options: Targets) -> dict[str, Any]:
@@ -86,12 +85,9 @@ def run(arch: str, target: LtpConfig, options: Targets) -> dict[str, Any]:
     labels = rng.integers(0, spec.num_classes, IMAGES, np.int32)
     variables = module.init(jax.random.key(options.seed), images[:1], train=False)
     plan = ltp.plan(variables["params"])
-
-    def uses() -> dict[str, float]:
-        return uses_per_input(module, images[:1], plan, train=False)
-
+    uses = uses_per_input(module, images[:1], plan, train=False)
     train = TrainConfig(epochs=1, batch_size=options.batch_size, learning_rate=0.02, weight_decay=5e-5)
-    pruner = ltp_pruner(target, plan, options.steps, uses)
+    pruner = ltp_pruner(target, plan, options.steps, lambda: uses)
     optimizer = weights_optimizer(train, options.steps)
     step = jax.jit(make_train_step(linen_apply(module), optimizer, pruner, cross_entropy()), donate_argnums=0)
     summarize = jax.jit(lambda state: ltp.summarize(state.params, state.pruning.prune))
@@ -99,14 +95,15 @@ def run(arch: str, target: LtpConfig, options: Targets) -> dict[str, Any]:
     state = create_state(variables["params"], variables.get("batch_stats", {}), optimizer, pruner, key)
     wanted = 1 / (target.target_compression or target.target_macs or 1)
     planned = planned_density(wanted, max(round(target.prune * options.steps), 1))
-    budget = uses() if target.target_macs else dict.fromkeys(plan.paths, 1.0)
+    budget = uses if target.target_macs else dict.fromkeys(plan.paths, 1.0)
     shares, off_plan, fewest = [], 0.0, math.inf
     for i in range(options.steps):
         rows = rng.choice(IMAGES, options.batch_size, replace=False)
         mask = jnp.ones(options.batch_size, bool)
         state = step(state, {"image": images[rows], "label": labels[rows], "mask": mask})
         summary = jax.device_get(summarize(state))
-        shares.append(share_left(summary, budget))
+        whole, left = budget_left(summary, budget)
+        shares.append(left / whole)
         off_plan = max(off_plan, abs(math.log(shares[-1] / float(planned(i + 1)))))
         fewest = min(fewest, *(int(np.min(tensor.kept)) for tensor in summary.tensors.values()))
     return {
