@@ -34,7 +34,7 @@ from experiments.console import MetricsWriter, RunError, explain, log, progress_
 from experiments.data import Dataset
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import batch_sharding, global_batch, make_mesh, replicated, state_sharding
-from ltp_jax.trail import Entry, Resume, Trail, TrailError, restore_network, save_network
+from ltp_jax.trail import Entry, Resume, Trail, TrailError, holds_network, restore_network, save_network
 from ltp_jax.training import (
     TrainState,
     create_state,
@@ -152,7 +152,7 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
     make_pruner(config, module, dataset, plan)
     if config.dense is not None:
         # What Orbax says of a directory that it did not write helps nobody.
-        if config.dense.is_dir() and not (config.dense / "_METADATA").exists():
+        if config.dense.is_dir() and not holds_network(config.dense):
             raise ConfigError(
                 f"--dense is {config.dense}, which holds no network of this project; accepted is the dense/ of another "
                 "run"

@@ -327,6 +327,11 @@ class Resume:
         self._manager.close()
 
 
+def holds_network(path: Path) -> bool:
+    """Whether a directory is a network that ``save_network`` wrote, or that of an entry; it may be damaged."""
+    return (path / "_METADATA").exists()
+
+
 def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
     """Writes one network, in the form that entries of a trail have; returns when it is on disk.
 
@@ -339,7 +344,7 @@ def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
       TrailError: if the directory holds anything else, cannot be written, or the network cannot be kept.
     """
     path = _absolute(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "_METADATA").exists():
+    if path.is_dir() and any(path.iterdir()) and not holds_network(path):
         raise TrailError(
             f"{path} holds other things than a network, which would be lost; name a directory for it alone"
         )
