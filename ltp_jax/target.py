@@ -180,8 +180,9 @@ def target_density(
         # Before the first step the network is whole, and the scale is that of the plan after it already. While the
         # plan asks for more weights than are not zero, the scale waits for it.
         wanted = planned(step + 1)
-        move = newton_step(measured.density, measured.slopes, wanted)
-        log_scale = state.log_scale + jnp.where((step == 0) | (wanted >= measured.present), 0, move)
+        waits = (step == 0) | (wanted >= measured.present)
+        move = jnp.where(waits, 0, newton_step(measured.density, measured.slopes, wanted))
+        log_scale = state.log_scale + move
         # ∂L/∂a = 2τ · ∂L/∂τ
         tau, by_path = ravel_pytree(state.thresholds)
         loss_grads = finite_or_zero(ravel_pytree(grads)[0] * 2 * tau)
@@ -189,7 +190,7 @@ def target_density(
             without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
         moved = cast(jax.Array, optax.apply_updates(state.offsets, finite_or_zero(cast(jax.Array, updates))))
-        lowered = moved - shortfall(measured.kept, measured.slopes, state.least)
+        lowered = moved - shortfall(measured.kept, measured.slopes, state.least, move)
         offsets = below_the_largest(lowered, log_scale, measured.largest)
         prune = state.prune.replace(thresholds=by_path(scaled_thresholds(jnp.exp(log_scale), offsets)))
         selected = TargetState(prune, log_scale, offsets, state.least, optimizer_state, state.fixed)
@@ -222,8 +223,8 @@ def below_the_largest(offsets: jax.Array, log_scale: jax.Array, largest: jax.Arr
     return jnp.minimum(offsets, jnp.log(jnp.maximum(largest, tiny)) / 2 - 1e-3 - log_scale)
 
 
-def shortfall(kept: jax.Array, slopes: jax.Array, least: jax.Array) -> jax.Array:
-    """How much ``log √τ_l`` has to fall for a layer to have its least; zero where it has that.
+def shortfall(kept: jax.Array, slopes: jax.Array, least: jax.Array, move: jax.Array) -> jax.Array:
+    """How much the offset of a layer has to fall for it to have its least; zero where it has that.
 
     The weights of some layers grow while they are trained. Those of others fall behind the common scale then, and far
     from all their thresholds' slopes could bring back would be pruned, to the last one.
@@ -232,10 +233,12 @@ def shortfall(kept: jax.Array, slopes: jax.Array, least: jax.Array) -> jax.Array
       kept: what each layer has, a row.
       slopes: what it loses per unit of ``log √τ_l``, a row.
       least: what it has to have, a row.
+      move: how much the common scale moves; such a layer's threshold does not rise with it.
     """
     kept = jnp.maximum(kept, jnp.finfo(jnp.float32).tiny)
     # Of normally distributed weights 2 is the slope where one in eight is left; it is steeper with fewer.
-    return jnp.clip(jnp.log(jnp.maximum(least, kept) / kept) / jnp.maximum(slopes / kept, 2), 0, MAX_STEP)
+    fall = jnp.clip(jnp.log(jnp.maximum(least, kept) / kept) / jnp.maximum(slopes / kept, 2), 0, MAX_STEP)
+    return fall + jnp.where(kept < least, jnp.maximum(move, 0), 0)
 
 
 def newton_step(density: jax.Array, slopes: jax.Array, planned: jax.Array) -> jax.Array:
