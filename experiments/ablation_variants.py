@@ -182,6 +182,25 @@ def starting(make: Make, offsets: Callable[[ltp.Plan, Any], dict[str, jax.Array]
     return made
 
 
+def growing(make: Make) -> Make:
+    """Thresholds grow and shrink as the norms of their layers' weights do while these are trained."""
+
+    def made(job: Job) -> Pruner:
+        pruner = make(job)
+
+        def log_norms(params: Any) -> jax.Array:
+            leaves = dict(ltp.named_leaves(params))
+            return jnp.log(ravel_pytree({path: jnp.linalg.norm(leaves[path]) for path in job.plan.paths})[0])
+
+        def update(grads, old_params, params, state, step):
+            offsets = state.offsets + log_norms(params) - log_norms(old_params)
+            return pruner.update(grads, old_params, params, state.replace(offsets=offsets), step)
+
+        return pruner._replace(update=update)
+
+    return made
+
+
 def at_zero(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
     """The weights of all layers are compared as they are."""
     del params
@@ -357,6 +376,8 @@ IDEAS: dict[str, Variant] = {
     "target, in units of all inputs' spread": Variant(in_units(targeted(), activation_spreads(True, False))),
     "target, in units of normalisation's factor": Variant(in_units(targeted(), activation_spreads(False, True))),
     "target, in units of both": Variant(in_units(targeted(), activation_spreads(True, True))),
+    "target, thresholds grow with their layers": Variant(growing(targeted())),
+    "target, thresholds grow with their layers, leak falls from 0.3": Variant(growing(targeted(leak=0.3))),
     "target, weight decay until masks are fixed": Variant(targeted(), decay_until=0.75),
     "target, weight decay 2e-3 until masks are fixed": Variant(targeted(), weight_decay=2e-3, decay_until=0.75),
     "target, rate constant until masks are fixed": Variant(targeted(), rate=held(0.75)),

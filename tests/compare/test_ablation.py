@@ -109,6 +109,24 @@ def test_other_offsets_begin_with_as_many_weights():
     assert {path: float(a) for path, a in spreads.items()} == pytest.approx({"a/kernel": 0, "b/kernel": 1}, abs=1e-6)
 
 
+def test_thresholds_that_grow_with_their_layers():
+    # The weights of a grow to three times what they were, those of b stay; no other thing moves the offsets.
+    params = {"a": {"kernel": jnp.array([[1.0, -2, 4, 8]])}, "b": {"kernel": jnp.array([[1.0, 3, -5, 1.2]])}}
+    still = {"a/kernel": jnp.float32(0), "b/kernel": jnp.float32(0)}
+    pruner = ablation_variants.growing(
+        lambda job: target_density(job.plan, 0.5, prune_steps=5, select_steps=9, optimizer=optax.sgd(0.0))
+    )(job(params))
+    state = pruner.init(params)
+    grown = params | {"a": {"kernel": 3 * params["a"]["kernel"]}}
+    _, after = pruner.update(still, params, grown, state, 0)
+    np.testing.assert_allclose(after.offsets - state.offsets, [np.log(3), 0], atol=1e-6)
+    np.testing.assert_allclose(
+        after.thresholds["a/kernel"] / after.thresholds["b/kernel"],
+        9 * np.exp(2 * (state.offsets[0] - state.offsets[1])),
+        rtol=1e-5,
+    )
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("make", "whole", "half"),
