@@ -110,18 +110,17 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
     Raises:
       ConfigError: if the target leaves less than one weight to each tensor, or uses cannot be counted.
     """
-    density, compression, macs = config.target_density, config.target_compression, config.target_macs
-    if config.to_target:
-        prune_steps = max(round(config.prune * steps), 1)
+    if config.density is not None:
+        prune_steps = config.descent(steps)
         try:
             return target_density(
                 plan,
-                1 / (compression or macs or 1) if density is None else density,
+                config.density,
                 prune_steps=prune_steps,
                 select_steps=max(round(config.select * steps), prune_steps),
                 t0=config.temperature,
                 leak=config.leak,
-                costs=None if macs is None else uses(),
+                costs=None if config.target_macs is None else uses(),
             )
         except ValueError as error:
             raise ConfigError(f"the target of --ltp cannot be met: {error}") from error

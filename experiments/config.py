@@ -102,9 +102,19 @@ class LtpConfig:
     """Let the gradient of the L0 penalty reach the weights, too."""
 
     @property
+    def density(self) -> float | None:
+        """The share of the weights, or of the multiply-accumulates, that the target leaves; None with a penalty."""
+        compression = self.target_compression or self.target_macs
+        return 1 / compression if compression else self.target_density
+
+    def descent(self, steps: int) -> int:
+        """Of the training steps of a run, those in which the density descends to the target; one at least."""
+        return max(round(self.prune * steps), 1)
+
+    @property
     def to_target(self) -> bool:
         """Whether the goal is a target, and no penalty."""
-        return any(getattr(self, name) is not None for name in TARGETS)
+        return self.density is not None
 
     @property
     def temperature(self) -> float:

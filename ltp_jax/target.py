@@ -133,17 +133,17 @@ def target_density(
     total = sum(unit[path] * size for path, size in sizes.items())
     shares = {path: cost / total for path, cost in unit.items()}
     layers = {tensor.path: tensor.layers for tensor in plan.tensors if tensor.prune}
-    least = sum(shares[path] * n for path, n in layers.items())
+    least_density = sum(shares[path] * n for path, n in layers.items())
     if not 0 < density < 1:
         raise ValueError(f"the density is {density}; accepted is more than 0, less than 1")
     if not 0 <= leak <= 1:
         raise ValueError(f"the leak is {leak}; accepted is 0 to 1")
     if not 1 <= prune_steps <= select_steps:
         raise ValueError(f"prune_steps is {prune_steps}, select_steps {select_steps}; accepted is 1 to select_steps")
-    if density < least * (1 - SLACK):
+    if density < least_density * (1 - SLACK):
         raise ValueError(
             f"a density of {density:.3g} leaves fewer than one weight to each of the {sum(layers.values())} layers; "
-            f"the least is {least:.3g}"
+            f"the least is {least_density:.3g}"
         )
     planned = planned_density(density, prune_steps)
     optimizer = optax.adam(3e-4) if optimizer is None else optimizer

@@ -76,7 +76,7 @@ class Targets:
             raise ConfigError(f"--batch-size is {self.batch_size}; accepted is 1 to {IMAGES}")
 
 
-def run(arch: str, target: LtpConfig, options: Targets) -> dict[str, Any]:
+def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, Any]:
     """One run: the share that is left after every step, how far it is off the plan, and in the end off the target."""
     spec = models.spec(arch)
     module = models.create(arch)
@@ -87,15 +87,16 @@ def run(arch: str, target: LtpConfig, options: Targets) -> dict[str, Any]:
     plan = ltp.plan(variables["params"])
     uses = uses_per_input(module, images[:1], plan, train=False)
     train = TrainConfig(epochs=1, batch_size=options.batch_size, learning_rate=0.02, weight_decay=5e-5)
+    target = LtpConfig(target_macs=compression) if of == "MACs" else LtpConfig(target_compression=compression)
     pruner = ltp_pruner(target, plan, options.steps, lambda: uses)
     optimizer = weights_optimizer(train, options.steps)
     step = jax.jit(make_train_step(linen_apply(module), optimizer, pruner, cross_entropy()), donate_argnums=0)
     summarize = jax.jit(lambda state: ltp.summarize(state.params, state.pruning.prune))
     key = jax.random.key(options.seed)
     state = create_state(variables["params"], variables.get("batch_stats", {}), optimizer, pruner, key)
-    wanted = 1 / (target.target_compression or target.target_macs or 1)
-    planned = planned_density(wanted, max(round(target.prune * options.steps), 1))
-    budget = uses if target.target_macs else dict.fromkeys(plan.paths, 1.0)
+    wanted = 1 / compression
+    planned = planned_density(wanted, target.descent(options.steps))
+    budget = uses if of == "MACs" else dict.fromkeys(plan.paths, 1.0)
     shares, off_plan, fewest = [], 0.0, math.inf
     for i in range(options.steps):
         rows = rng.choice(IMAGES, options.batch_size, replace=False)
@@ -119,18 +120,18 @@ def main() -> None:
     options = tyro.cli(Targets, prog="python -m experiments.benchmarks.targets", description=__doc__)
     options.check()
     read(options.out)  # a file of something else is refused before anything is run
-    targets = [("weights", c, LtpConfig(target_compression=c)) for c in options.compressions]
-    targets += [("MACs", c, LtpConfig(target_macs=c)) for c in options.macs]
+    targets = [("weights", compression) for compression in options.compressions]
+    targets += [("MACs", compression) for compression in options.macs]
     for arch in options.arch:
-        for kind, compression, target in targets:
+        for of, compression in targets:
             settings = {name: getattr(options, name) for name in ("steps", "image_size", "batch_size", "seed")}
-            row = {"arch": arch, "of": kind, "target": compression} | settings
+            row = {"arch": arch, "of": of, "target": compression} | settings
             done = next((old for old in read(options.out) if row.items() <= old.items()), None)
             if done is None:
-                done = row | run(arch, target, options)
+                done = row | run(arch, of, compression, options)
                 write(options.out, [*read(options.out), done])  # another start of this may have added to it
             print(
-                f"{arch}, {compression:g}× fewer {kind}: {done['achieved']:.4f}× ({done['off_target']:+.4%}), on the "
+                f"{arch}, {compression:g}× fewer {of}: {done['achieved']:.4f}× ({done['off_target']:+.4%}), on the "
                 f"way off the plan by up to {done['largest_factor_off_plan'] - 1:.1%}, at least "
                 f"{done['fewest_weights_of_a_layer']} weights to a layer",
                 flush=True,
