@@ -18,10 +18,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments.ablation_variants import VARIANTS, Job, Variant
-from experiments.compare import HELD_OUT, NETWORKS, check_seeds
+from experiments.compare import HELD_OUT, NETWORKS
 from experiments.compare_report import read_cell, read_cells, save_picture, spread
 from experiments.components import kernel_decay, weights_optimizer
-from experiments.config import ConfigError, TrainConfig, require_local, write_json
+from experiments.config import ConfigError, TrainConfig, require_local, require_seeds, write_json
 from experiments.console import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
 from ltp_jax.pruner import Pruner
@@ -56,7 +56,7 @@ class AblationConfig:
         require_local(self, "data_dir", "workdir", "results", "pictures")
         if unknown := [variant for variant in self.variants if variant not in VARIANTS]:
             raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
-        check_seeds("--seeds", self.seeds)
+        require_seeds("--seeds", self.seeds)
         if self.command == "report" and (self.variants or self.seeds != AblationConfig.seeds):
             raise ConfigError("--variants and --seeds go with run; report shows all runs that are there")
 

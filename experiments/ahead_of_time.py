@@ -27,12 +27,11 @@ import optax
 
 import ltp_jax as ltp
 from experiments.chips import topology as find_topology
-from experiments.components import ltp_pruner, weights_optimizer
+from experiments.components import init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
 from ltp_jax.adapters import linen_apply
-from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import Pruner, dense
-from ltp_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from ltp_jax.sharding import jit_beginning, jit_step, make_mesh
 from ltp_jax.training import TrainState, create_state, cross_entropy, make_train_step
 
 
@@ -134,14 +133,12 @@ class Parts(NamedTuple):
 def parts(step: Step) -> Parts:
     """Those of a step's run."""
     steps_per_epoch = max(step.train_size // step.train.batch_size, 1)
-    image = jax.ShapeDtypeStruct((1, *step.image_shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: step.module.init(jax.random.key(0), x, train=False), image)
+    network = jax.eval_shape(lambda: init_network(step.module, step.image_shape, 0))
     pruner = dense()
     if step.ltp is not None:
-        plan = ltp.plan(variables["params"])
+        plan = ltp.plan(network["params"])
         steps = step.train.epochs * steps_per_epoch
-        pruner = ltp_pruner(step.ltp, plan, steps, lambda: uses_per_input(step.module, image, plan, train=False))
-    network = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        pruner = ltp_pruner(step.ltp, plan, steps, lambda: network_uses(step.module, step.image_shape, plan))
     return Parts(network, weights_optimizer(step.train, steps_per_epoch), pruner)
 
 
@@ -149,14 +146,13 @@ def abstract_beginning(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, A
     """The making of a run's first state as ``jax.jit`` has it there, with the shapes of its key and network."""
     run = parts(step)
     arguments = jax.eval_shape(lambda: jax.random.key(0)), run.network
-    shardings = state_sharding(jax.eval_shape(run.begin, *arguments), mesh)
-    return jax.jit(run.begin, in_shardings=replicated(mesh), out_shardings=shardings), *arguments
+    return jit_beginning(run.begin, mesh, *arguments)[0], *arguments
 
 
 def abstract_step(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """The step as ``jax.jit`` has it in a run, with the shapes of its state and batch."""
     run = parts(step)
-    state = jax.eval_shape(run.begin, jax.random.key(0), run.network)
+    _, state = jit_beginning(run.begin, mesh, jax.random.key(0), run.network)
     # Which numbers images are normalised with makes no difference to what it costs.
     apply = linen_apply(step.module, lambda images: (images.astype(jnp.float32) - 127.0) / 63.0)
     rows = step.train.batch_size
@@ -165,14 +161,8 @@ def abstract_step(step: Step, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
         "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((rows,), jnp.bool_),
     }
-    shardings = state_sharding(state, mesh)
-    function = jax.jit(
-        make_train_step(apply, run.optimizer, run.pruner, cross_entropy(step.train.label_smoothing)),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=shardings,
-        donate_argnums=0,
-    )
-    return function, state, batch
+    train_step = make_train_step(apply, run.optimizer, run.pruner, cross_entropy(step.train.label_smoothing))
+    return jit_step(train_step, state, mesh), state, batch
 
 
 # The compiler alone is wanted of libtpu: no TPU is looked for, nor asked about on the network, and another compilation

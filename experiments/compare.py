@@ -36,6 +36,7 @@ from experiments.config import (
     require_any,
     require_compressions,
     require_local,
+    require_seeds,
     write_json,
 )
 from experiments.console import run_command
@@ -155,16 +156,8 @@ class CompareConfig:
             raise ConfigError(
                 "--methods has str, which needs a decay for each compression; --setting-of has none for it"
             )
-        check_seeds("--seeds", self.seeds)
-        check_seeds("--tuning-seeds", self.tuning_seeds)
-
-
-def check_seeds(option: str, seeds: Sequence[int]) -> None:
-    """Raises ConfigError if there are none, or one of them is impossible."""
-    require_any(option, seeds)
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
+        require_seeds("--seeds", self.seeds)
+        require_seeds("--tuning-seeds", self.tuning_seeds)
 
 
 def run_cell(harness: Harness, compiled: Run, harden: Callable[[Any, Any], Any], seed: int) -> Cell:

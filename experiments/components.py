@@ -21,10 +21,9 @@ from ltp_jax.trail import TrailError
 from ltp_jax.training import Apply
 
 
-def init_network(module: nn.Module, dataset: Dataset, seed: int) -> dict[str, Any]:
-    """A random network: ``params`` and ``batch_stats``."""
-    images = jnp.zeros((1, *dataset.image_shape), jnp.float32)
-    variables = module.init(jax.random.key(seed), images, train=False)
+def init_network(module: nn.Module, image_shape: tuple[int, ...], seed: int) -> dict[str, Any]:
+    """A random network for images of ``[height, width, channels]``: ``params`` and ``batch_stats``."""
+    variables = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape), jnp.float32), train=False)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
@@ -47,9 +46,9 @@ def normalising_apply(module: nn.Module, dataset: Dataset) -> Apply:
     return linen_apply(module, lambda images: (images.astype(jnp.float32) - mean) / std)
 
 
-def network_uses(module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> dict[str, float]:
-    """How often each weight is used for one image, by path."""
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+def network_uses(module: nn.Module, image_shape: tuple[int, ...], plan: ltp.Plan) -> dict[str, float]:
+    """How often each weight is used for one image of ``[height, width, channels]``, by path."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return uses_per_input(module, images, plan, train=False)
 
 

@@ -252,6 +252,14 @@ def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
         raise ConfigError(f"{flag} is {value}; accepted is {accepted}")
 
 
+def require_seeds(option: str, seeds: Sequence[int]) -> None:
+    """Raises ConfigError if there are none, or one of them is impossible."""
+    require_any(option, seeds)
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
+
+
 def require_any(flag: str, values: Sequence[Any]) -> None:
     """Raises ConfigError if an option that takes several values has none."""
     if not values:

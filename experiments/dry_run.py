@@ -1,7 +1,6 @@
 """What a run would do and cost, without data and without an accelerator."""
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -17,11 +16,10 @@ import ltp_jax as ltp
 from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, TooSlow, compile_step
 from experiments.chips import Topology
 from experiments.chips import topology as find_topology
-from experiments.components import check_batch, ltp_pruner, weights_optimizer
-from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
+from experiments.components import check_batch, init_network, ltp_pruner, network_uses, weights_optimizer
+from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, write_json
 from experiments.console import RunError
 from ltp_jax import models
-from ltp_jax.costs import uses_per_input
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state
 
@@ -90,12 +88,11 @@ def report(
     size = image_size or spec.input_size
     shape = (size, size, spec.channels)
 
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
-    plan = ltp.plan(variables["params"])
-    uses = uses_per_input(module, image, plan, train=False)
+    network = jax.eval_shape(lambda: init_network(module, shape, 0))
+    plan = ltp.plan(network["params"])
+    uses = network_uses(module, shape, plan)
     ltp_pruner(config.ltp, plan, train.epochs * (train_size // train.batch_size), lambda: uses)
-    facts = _facts(module, variables, plan, uses, train, config.mesh, image, devices, train_size)
+    facts = _facts(module, network, plan, uses, train, config.mesh, shape, devices, train_size)
     console.print(str(plan), highlight=False, soft_wrap=True)
     console.print(_facts_table(config.arch, facts, devices, topology))
     found: dict[str, Any] = {"arch": config.arch, "topology": config.topology, "devices": devices, **facts}
@@ -118,8 +115,7 @@ def report(
         console.print(_figures_table(found, topology))
     found["seconds"] = round(time.time() - started, 1)
     path = config.workdir / "dry_run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(path, found)
     console.print(f"written to {path}", highlight=False)
     return found
 
@@ -145,7 +141,7 @@ def roofline(figures: Figures, topology: Topology, batch_size: int, train_size: 
     }
 
 
-def activation_bytes(module: nn.Module, image: jax.ShapeDtypeStruct) -> int:
+def activation_bytes(module: nn.Module, image_shape: tuple[int, ...]) -> int:
     """An upper estimate of the bytes that a training step keeps of one image for its backward pass.
 
     It counts what goes into each convolution and dense layer and what comes out of it; the rest a compiler computes
@@ -163,23 +159,23 @@ def activation_bytes(module: nn.Module, image: jax.ShapeDtypeStruct) -> int:
         return output
 
     with nn.intercept_methods(watch):
-        jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+        jax.eval_shape(lambda: init_network(module, image_shape, 0))
     width = jnp.dtype(getattr(module, "dtype", jnp.float32)).itemsize
     return width * sum(math.prod(array.shape) for array in (*inputs.values(), *outputs))
 
 
 def _facts(
     module: nn.Module,
-    variables: Any,
+    network: dict[str, Any],
     plan: ltp.Plan,
     uses: dict[str, float],
     train: TrainConfig,
     mesh: MeshConfig,
-    image: jax.ShapeDtypeStruct,
+    image_shape: tuple[int, ...],
     devices: int,
     train_size: int,
 ) -> dict[str, Any]:
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    params, batch_stats = network["params"], network["batch_stats"]
     optimizer = weights_optimizer(train, 1)
     state = jax.eval_shape(lambda p, s: create_state(p, s, optimizer, dense(), jax.random.key(0)), params, batch_stats)
     sizes = {tensor.path: tensor.size for tensor in plan.tensors}
@@ -199,8 +195,8 @@ def _facts(
         "state_bytes": state_bytes,
         # The gradients are as large as the parameters.
         "predicted_bytes": round((state_bytes + parameter_bytes) / mesh.fsdp)
-        + images * (activation_bytes(module, image) + math.prod(image.shape)),
-        "entry_bytes": _bytes(variables),
+        + images * (activation_bytes(module, image_shape) + math.prod(image_shape)),
+        "entry_bytes": _bytes(network),
         "entry_bytes_10x": round(bits / 8) + _bytes(batch_stats),
     }
 

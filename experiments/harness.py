@@ -107,7 +107,7 @@ class Harness:
         self.workdir = workdir
         self.module = models.create(arch, num_classes=dataset.num_classes)
         self.apply = normalising_apply(self.module, dataset)
-        self.plan = ltp.plan(jax.eval_shape(lambda: init_network(self.module, dataset, 0))["params"])
+        self.plan = ltp.plan(jax.eval_shape(lambda: init_network(self.module, dataset.image_shape, 0))["params"])
         self._evaluate = jax.jit(make_eval_step(self.apply))
 
     def steps(self, config: TrainConfig) -> int:
@@ -122,7 +122,7 @@ class Harness:
             learn, or weights that are not finite.
         """
         path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
-        initial = init_network(self.module, self.dataset, seed)
+        initial = init_network(self.module, self.dataset.image_shape, seed)
         known = path.is_dir()
         if known:
             check_training(path.with_suffix(".json"), self.pretrain)

@@ -1,7 +1,5 @@
 """The report of a run: figures and a table made from its trail."""
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.config import write_json
 from ltp_jax.trail import Entry, Trail, pareto
 
 
@@ -42,8 +41,7 @@ def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
     paths["table"] = directory / "trail.md"
     paths["table"].write_text(markdown(entries, title), encoding="utf-8")
     paths["figures"] = directory / "trail.json"
-    rows = [dataclasses.asdict(e) | {"gap": e.gap} for e in entries]
-    paths["figures"].write_text(json.dumps({"title": title, "entries": rows}, indent=1) + "\n")
+    write_json(paths["figures"], {"title": title, "entries": [entry.figures() for entry in entries]})
     return paths
 
 
@@ -74,18 +72,19 @@ def terminal_table(trail: Trail) -> Table:
     """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
     front = {entry.epoch for entry in trail.pareto()}
     table = Table(title=f"the trail in {escape(str(trail.path))} (* no other entry is both sparser and more accurate)")
-    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):
+    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "below dense"):
         table.add_column(name, justify="right")
+    dense = trail.dense.top1
     for e in trail.entries:
         table.add_row(
             f"{'* ' if e.epoch in front else ''}{e.epoch}",
             f"{e.compression:.2f}×",
-            "–" if e.macs_compression is None else f"{e.macs_compression:.2f}×",
+            _macs(e),
             f"{e.top1:.2f}",
             f"{e.top5:.2f}",
             f"{e.loss:.4f}",
             f"{e.gap:+.2f}",
-            f"{trail.dense.top1 - e.top1:+.2f}",
+            f"{dense - e.top1:+.2f}",
         )
     return table
 

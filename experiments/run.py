@@ -1,7 +1,6 @@
 """A whole run: train a dense network or take one, prune it epoch by epoch into a trail, and report."""
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import math
@@ -33,7 +32,7 @@ from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, of_a
 from experiments.console import MetricsWriter, RunError, explain, log, progress_bar, start_logging
 from experiments.data import Dataset
 from ltp_jax.pruner import Pruner, dense
-from ltp_jax.sharding import batch_sharding, global_batch, make_mesh, replicated, state_sharding
+from ltp_jax.sharding import global_batch, jit_beginning, jit_step, make_mesh, replicated
 from ltp_jax.trail import Entry, Resume, Trail, TrailError, holds_network, restore_network, save_network
 from ltp_jax.training import (
     TrainState,
@@ -147,7 +146,7 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
     check_batch("train", config.train, devices, dataset.train_size, dataset.name)
     if trains_dense(config, trained=start is not None and start.trained):
         check_batch("pretrain", config.pretrain, devices, dataset.train_size, dataset.name)
-    network = jax.eval_shape(lambda: init_network(module, dataset, config.seed))
+    network = jax.eval_shape(lambda: init_network(module, dataset.image_shape, config.seed))
     plan = ltp.plan(network["params"])
     make_pruner(config, module, dataset, plan)
     if config.dense is not None:
@@ -178,7 +177,7 @@ def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
 def make_pruner(config: Config, module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> Pruner:
     """LTP as the options have it, for this network and this many images."""
     steps = config.train.epochs * (dataset.train_size // config.train.batch_size)
-    return ltp_pruner(config.ltp, plan, steps, lambda: network_uses(module, dataset, plan))
+    return ltp_pruner(config.ltp, plan, steps, lambda: network_uses(module, dataset.image_shape, plan))
 
 
 class Job:
@@ -281,7 +280,7 @@ class Job:
         log.info("plan:\n%s", plan)
         check_weights(params, plan, config.ltp)
         pruner = make_pruner(config, self.module, self.dataset, plan)
-        uses = network_uses(self.module, self.dataset, plan)
+        uses = network_uses(self.module, self.dataset.image_shape, plan)
         optimizer = weights_optimizer(config.train, steps_per_epoch)
         harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
         summarize = jax.jit(
@@ -291,7 +290,7 @@ class Job:
         def keep(trail: Trail, state: TrainState, epoch: int) -> None:
             if epoch in trail.epochs:  # written by a start of this run that ended before it saved its state
                 entry = next(entry for entry in trail.entries if entry.epoch == epoch)
-                self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
+                self.metrics.write("prune", "entry", entry.step, entry.figures())
                 return
             hard = harden(state.params, state.pruning)
             soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
@@ -312,7 +311,7 @@ class Job:
                 macs_compression=macs / max(macs_left, 1),
             )
             trail.save(entry, hard, state.batch_stats)
-            self.metrics.write("prune", "entry", entry.step, dataclasses.asdict(entry) | {"gap": entry.gap})
+            self.metrics.write("prune", "entry", entry.step, entry.figures())
             log.info("%s (soft %.2f %%)", entry, entry.soft_top1)
 
         with (
@@ -358,16 +357,12 @@ class Job:
         """
         dataset, mesh = self.dataset, self.mesh
         first_state, abstract = self._first_state(pruner, optimizer, network)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = resume.restore(abstract)
         if state is None:
             state = first_state()
         new_totals = jax.jit(zero_totals, out_shardings=replicated(mesh))
-        step_fn = jax.jit(
-            make_train_step(self.apply, optimizer, pruner, cross_entropy(config.label_smoothing)),
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=shardings,
-            donate_argnums=0,
+        step_fn = jit_step(
+            make_train_step(self.apply, optimizer, pruner, cross_entropy(config.label_smoothing)), abstract, mesh
         )
         steps_per_epoch = dataset.train_size // config.batch_size
         step = first = int(state.step)
@@ -416,12 +411,7 @@ class Job:
             return create_state(variables["params"], variables["batch_stats"], optimizer, pruner, key)
 
         key = jax.random.key(self.config.seed)
-        shapes = jax.eval_shape(initial, key, network)
-        shardings = state_sharding(shapes, self.mesh)
-        make = jax.jit(initial, in_shardings=replicated(self.mesh), out_shardings=shardings)
-        abstract = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
-        )
+        make, abstract = jit_beginning(initial, self.mesh, key, network)
         return lambda: make(key, network), abstract
 
     def _means(self, stage: str, step: int, state: TrainState) -> dict[str, float]:
@@ -474,4 +464,4 @@ class Job:
         return figures
 
     def _init_network(self) -> dict[str, Any]:
-        return init_network(self.module, self.dataset, self.config.seed)
+        return init_network(self.module, self.dataset.image_shape, self.config.seed)

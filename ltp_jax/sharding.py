@@ -1,6 +1,6 @@
 """Where arrays live: a mesh of all devices, batches split over it, parameters replicated or split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,37 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*("fsdp" if d == split else None for d in range(len(leaf.shape)))))
 
     return jax.tree.map(leaf_sharding, tree)
+
+
+def jit_beginning(begin: Callable[..., Any], mesh: Mesh, *arguments: Any) -> tuple[Callable[..., Any], Any]:
+    """A function that makes the first state, compiled for a mesh.
+
+    Args:
+      begin: the function.
+      mesh: the devices.
+      *arguments: of the function, or their shapes; they lie whole on every device.
+
+    Returns:
+      The compiled function, and the shapes, dtypes and shardings of the state's leaves.
+    """
+    shapes = jax.eval_shape(begin, *arguments)
+    shardings = state_sharding(shapes, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    return jax.jit(begin, in_shardings=replicated(mesh), out_shardings=shardings), abstract
+
+
+def jit_step(step: Callable[[Any, Any], Any], state: Any, mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """A training step, compiled for a mesh; the state is donated.
+
+    Args:
+      step: ``(state, batch) -> state``, as ``make_train_step`` makes it.
+      state: one whose leaves have the shardings that they are to keep, or their shapes with these.
+      mesh: the devices, over which the batch is split.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=shardings, donate_argnums=0)
 
 
 def global_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

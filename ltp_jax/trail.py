@@ -90,6 +90,10 @@ class Entry:
         """The hardening gap: what top-1 loses, in points, when the soft masks become hard ones."""
         return None if self.soft_top1 is None else self.soft_top1 - self.top1
 
+    def figures(self) -> dict[str, Any]:
+        """All of them, and the gap, by name, as they are written to JSON."""
+        return dataclasses.asdict(self) | {"gap": self.gap}
+
     def __str__(self) -> str:
         return f"epoch {self.epoch}: {self.compression:.2f}× at {self.top1:.2f} % top-1"
 
@@ -212,9 +216,7 @@ class Trail:
             raise TrailError(f"an entry is of epoch {entry.epoch!r}; accepted is a whole number, 0 or more")
         if epoch in self._manager.all_steps():
             raise TrailError(f"the trail in {self.path} has an entry of epoch {epoch} already")
-        figures = json.loads(
-            json.dumps(dataclasses.asdict(entry) | {"gap": entry.gap}, default=lambda figure: figure.item())
-        )
+        figures = json.loads(json.dumps(entry.figures(), default=lambda figure: figure.item()))
         metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(_plain(params, batch_stats))
         with _writing(self.path):
             # Without force one of an epoch before the latest, which was lost, would be passed over.

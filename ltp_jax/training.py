@@ -1,4 +1,4 @@
-"""A training step and an evaluation step for any apply function, and their compilation for all devices."""
+"""A training step and an evaluation step for any apply function."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol

@@ -290,7 +290,7 @@ def test_memory_is_estimated_from_above(arch, above):
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
     # Weights, momentum and gradients, and images of bytes.
     fixed = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    estimate = fixed + 256 * (activation_bytes(module, image) + 224 * 224 * 3)
+    estimate = fixed + 256 * (activation_bytes(module, (224, 224, 3)) + 224 * 224 * 3)
     assert estimate / peak == pytest.approx(above, abs=0.02)
 
 

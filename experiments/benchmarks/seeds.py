@@ -5,7 +5,6 @@ python -m experiments.benchmarks.seeds --experiment=fashion_mnist --options=--da
 """
 
 import dataclasses
-import json
 import shlex
 import statistics
 import subprocess
@@ -15,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from experiments.config import ConfigError, require_local
+from experiments.config import require_local, require_seeds, write_json
 from experiments.console import RunError, run_command
 from ltp_jax.trail import Trail, TrailError
 
@@ -42,8 +41,7 @@ class Seeds:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "workdir", "out")
-        if not self.seeds:
-            raise ConfigError("--seeds is empty; accepted is at least one")
+        require_seeds("--seeds", self.seeds)
 
 
 def main() -> None:
@@ -57,7 +55,7 @@ def main() -> None:
         if done.returncode:
             raise RunError(f"the run with seed {seed} ended with code {done.returncode}; its message stands above")
         trail = Trail(workdir)
-        runs.append({"seed": seed, "entries": [dataclasses.asdict(e) | {"gap": e.gap} for e in trail.entries]})
+        runs.append({"seed": seed, "entries": [entry.figures() for entry in trail.entries]})
         try:
             entry, dense = trail.pick(max_top1_drop=config.max_top1_drop), trail.dense
         except TrailError as error:
@@ -75,8 +73,7 @@ def main() -> None:
     }
     out = config.out or config.workdir / f"{config.experiment}.json"
     command = " ".join([PROG, *map(shlex.quote, sys.argv[1:])])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"command": command, "mean": mean, "runs": runs}, indent=1) + "\n")
+    write_json(out, {"command": command, "mean": mean, "runs": runs})
     for run, p in zip(runs, picked, strict=True):
         print(f"seed {run['seed']}: {p['compression']:.2f}x, {p['drop']:+.2f} points below dense, epoch {p['epoch']}")
     print(f"mean: {mean['compression']:.2f}x, {mean['drop']:+.2f} points below dense; written to {out}")

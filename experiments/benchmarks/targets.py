@@ -20,7 +20,7 @@ import tyro
 
 import ltp_jax as ltp
 from experiments.benchmarks.lean_step import PAPER, check_arch, read, write
-from experiments.components import budget_left, ltp_pruner, weights_optimizer
+from experiments.components import budget_left, init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import (
     ConfigError,
     LtpConfig,
@@ -33,7 +33,6 @@ from experiments.config import (
 from experiments.console import run_command
 from ltp_jax import models
 from ltp_jax.adapters import linen_apply
-from ltp_jax.costs import uses_per_input
 from ltp_jax.target import planned_density
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
@@ -83,9 +82,9 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
     rng = np.random.default_rng(options.seed)
     images = rng.normal(size=(IMAGES, options.image_size, options.image_size, spec.channels)).astype(np.float32)
     labels = rng.integers(0, spec.num_classes, IMAGES, np.int32)
-    variables = module.init(jax.random.key(options.seed), images[:1], train=False)
-    plan = ltp.plan(variables["params"])
-    uses = uses_per_input(module, images[:1], plan, train=False)
+    network = init_network(module, images.shape[1:], options.seed)
+    plan = ltp.plan(network["params"])
+    uses = network_uses(module, images.shape[1:], plan)
     train = TrainConfig(epochs=1, batch_size=options.batch_size, learning_rate=0.02, weight_decay=5e-5)
     target = LtpConfig(target_macs=compression) if of == "MACs" else LtpConfig(target_compression=compression)
     pruner = ltp_pruner(target, plan, options.steps, lambda: uses)
@@ -93,7 +92,7 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
     step = jax.jit(make_train_step(linen_apply(module), optimizer, pruner, cross_entropy()), donate_argnums=0)
     summarize = jax.jit(lambda state: ltp.summarize(state.params, state.pruning.prune))
     key = jax.random.key(options.seed)
-    state = create_state(variables["params"], variables.get("batch_stats", {}), optimizer, pruner, key)
+    state = create_state(network["params"], network["batch_stats"], optimizer, pruner, key)
     wanted = 1 / compression
     planned = planned_density(wanted, target.descent(options.steps))
     budget = uses if of == "MACs" else dict.fromkeys(plan.paths, 1.0)
