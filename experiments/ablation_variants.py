@@ -50,7 +50,8 @@ def norm_penalised(penalty: float, order: int) -> Make:
     """
 
     def make(job: Job) -> Pruner:
-        pruner = penalised(0.0)(job)
+        t0 = 1e-3
+        pruner = penalised(0.0, t0=t0)(job)
         ramp = optax.linear_schedule(0.0, penalty, job.steps // 2)
 
         def norms(params: Any) -> dict[str, jax.Array]:
@@ -60,7 +61,7 @@ def norm_penalised(penalty: float, order: int) -> Make:
         def soften(params, thresholds, state, step):
             pruned, _ = pruner.soften(params, thresholds, state, step)
             # The spread of the trained weights, Var(|w|) = T / t0, makes layers of all scales count alike.
-            scales = {path: (t / 1e-3) ** (order / 2) for path, t in state.prune.temperatures.items()}
+            scales = {path: (t / t0) ** (order / 2) for path, t in state.prune.temperatures.items()}
             total = sum((norm / scales[path] for path, norm in norms(pruned).items()), start=jnp.zeros(()))
             return pruned, ramp(step) * total / job.plan.prunable
 

@@ -242,7 +242,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
 
 
 def draw_densities(cells: Sequence[Cell], path: Path) -> None:
-    """Density per layer of LTP, global magnitude and STR side by side, a panel for each compression."""
+    """Density per layer of the methods of ``SIDE_BY_SIDE``, a panel for each compression."""
     wanted = compressions(cells)
     shown = [method for method in SIDE_BY_SIDE if select(cells, method=method)]
     width = 0.81 / len(shown)

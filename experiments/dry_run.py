@@ -77,6 +77,7 @@ def report(
     console = Console()
     topology = None if config.topology is None else find_topology(config.topology)
     devices = jax.device_count() if topology is None else topology.chips
+    # A plain one: a preset may scale its rate with the batch, which makes no difference to what is compiled.
     train = TrainConfig(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainConfig)})
     # With these every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
     if config.mesh.fsdp < 1 or devices % config.mesh.fsdp:

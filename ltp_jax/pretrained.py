@@ -9,8 +9,6 @@ logits = model.apply(variables, (images / 255 - np.array(settings.mean)) / np.ar
 ```
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import models
-from .models.state_dict import PretrainedError, StateDict, read_state_dict
-from .models.torch_names import torch_names
-from .models.weights import WEIGHTS, WeightSettings, settings
+from ltp_jax import models
+from ltp_jax.models.state_dict import PretrainedError, StateDict, read_state_dict
+from ltp_jax.models.torch_names import torch_names
+from ltp_jax.models.weights import WEIGHTS, WeightSettings, settings
 
 __all__ = ["PretrainedError", "WeightSettings", "alternatives", "load", "settings"]
 
@@ -41,20 +39,20 @@ def load(
     num_classes: int | None = None,
     head_key: jax.Array | None = None,
 ) -> tuple[Variables, WeightSettings]:
-    """Reads the weights of the network `name` from a file of PyTorch's names and layouts.
+    """Reads the weights of the network ``name`` from a file of PyTorch's names and layouts.
 
     Args:
-      path: safetensors, `.npz`, or a `torch.save` file, which is read by an unpickler that admits tensors and
+      path: safetensors, ``.npz``, or a ``torch.save`` file, which is read by an unpickler that admits tensors and
         containers only.
-      name: one of the networks for which `settings(name)` is not empty.
-      origin: whose weights they are, an `origin` of `settings(name)`. When None it is seen from the tensors' names
-        and the digest in the file's name; where both leave a choice, which `alternatives` tells, the first of
-        `settings(name)` is taken.
+      name: one of the networks for which ``settings(name)`` is not empty.
+      origin: whose weights they are, an ``origin`` of ``settings(name)``. When None it is seen from the tensors' names
+        and the digest in the file's name; where both leave a choice, which ``alternatives`` tells, the first of
+        ``settings(name)`` is taken.
       num_classes: classes of the head; the network's own number when None.
-      head_key: when given, the head in the file is ignored and a new one, for `num_classes`, is drawn from this key.
+      head_key: when given, the head in the file is ignored and a new one, for ``num_classes``, is drawn from this key.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}` with float32 NumPy arrays (`batch_stats` is empty for a network without
+      ``{"params": ..., "batch_stats": ...}`` with float32 NumPy arrays (``batch_stats`` is empty for a network without
       batch normalisation), and the settings that these weights need.
 
     Raises:
@@ -168,7 +166,7 @@ def _convert(tensors: StateDict, template: Mapping[str, Shape], names: Mapping[s
 
 
 def _torch_shape(path: str, shape: Shape) -> Shape:
-    """The shape that PyTorch gives to the parameter that has `shape` here."""
+    """The shape that PyTorch gives to the parameter that has ``shape`` here."""
     if path.endswith("/kernel"):
         shape = (shape[-1], shape[-2], *shape[:-2])
         if "/se/" in path:  # a dense layer here, a 1x1 convolution there

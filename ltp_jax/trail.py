@@ -107,7 +107,7 @@ class Trail:
         Without it the trail is read alone, also while a run is writing.
 
     Raises:
-      TrailError: if there is none, or it cannot be written to.
+      TrailError: if there is none; where it is to be written to, if that cannot be done, or an entry cannot be read.
 
     Example:
       >>> trail = Trail("runs/digits")

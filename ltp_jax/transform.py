@@ -81,7 +81,7 @@ def soft_prune(params: Params, state: PruneState, *, exact_gradient: bool = Fals
     selected is returned as it is.
 
     Raises:
-      ValueError: if a tensor of the state is not in ``params``.
+      ValueError: if a tensor of the state is not in ``params``, or its thresholds are of another shape.
     """
     return soft_prune_and_count(params, state, exact_gradient=exact_gradient, leak=leak)[0]
 
@@ -95,11 +95,12 @@ def l0(
       params: the parameters.
       state: their thresholds and temperatures.
       costs: what each weight of a tensor counts, by path: its uses per image, say, for a count of
-        multiply-accumulates. By default every weight counts one.
+        multiply-accumulates; in a stack it may be an array of the thresholds' shape. By default each counts one.
       l0_to_weights: let the gradient reach the weights too. By default it reaches the thresholds alone (eq. 14).
 
     Raises:
-      ValueError: if a tensor of the state is not in ``params``, or has no cost.
+      ValueError: if a tensor of the state is not in ``params``, its thresholds are of another shape, or it has no
+        cost.
     """
     counts = soft_prune_and_count(params, state, l0_to_weights=l0_to_weights)[1]
     return total_cost(counts, costs)
@@ -116,7 +117,10 @@ def soft_prune_and_count(
     """``soft_prune`` and the soft count of every selected tensor by path, which share their work.
 
     A training step that adds ``λ · total_cost(counts)`` to its loss reads each weight once in the forward and once in
-    the backward pass.
+    the backward pass. Counts are float32 of the thresholds' shapes.
+
+    Raises:
+      ValueError: if a tensor of the state is not in ``params``, or its thresholds are of another shape.
     """
     counts: Scalars = {}
 
@@ -158,6 +162,9 @@ def hard_prune(params: Params, state: PruneState) -> Params:
 
     Returns the structure, shapes and dtypes of ``params``; what is not selected is returned as it is: outside of
     ``jax.jit`` the very arrays of ``params``, which a step that donates them deletes.
+
+    Raises:
+      ValueError: if a tensor of the state is not in ``params``, or its thresholds are of another shape.
     """
 
     def prune(path: str, w: jax.Array) -> jax.Array:
@@ -171,6 +178,9 @@ def mask(params: Params, state: PruneState) -> Params:
 
     For weights that go with the trained ``params`` and are not they, such as their moving average, in which pruned
     weights are not zero: ``jax.tree.map(lambda w, kept: jnp.where(kept, w, 0), average, mask(params, state))``.
+
+    Raises:
+      ValueError: if a tensor of the state is not in ``params``, or its thresholds are of another shape.
     """
 
     def kept(path: str, w: jax.Array) -> jax.Array:
@@ -268,6 +278,9 @@ def summarize(params: Params, state: PruneState) -> Summary:
 
     Of many networks at once, by ``jax.vmap``, take the summary of one, ``jax.tree.map(lambda x: x[0], summaries)``,
     before you ask it for anything: its arrays are else those of a stack of layers.
+
+    Raises:
+      ValueError: if a tensor of the state is not in ``params``, or its thresholds are of another shape.
     """
     leaves = dict(named_leaves(params))
     missing = [path for path in state.thresholds if path not in leaves]

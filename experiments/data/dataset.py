@@ -16,9 +16,9 @@ class Batch(TypedDict):
     """The rows of one global batch that belong to one process.
 
     Attributes:
-        image: uint8 `[rows, height, width, channels]`.
-        label: int32 `[rows]`.
-        mask: bool `[rows]`; False marks a row that must not count. Training batches are all True.
+        image: uint8 ``[rows, height, width, channels]``.
+        label: int32 ``[rows]``.
+        mask: bool ``[rows]``; False marks a row that must not count. Training batches are all True.
     """
 
     image: np.ndarray
@@ -30,16 +30,16 @@ class Batch(TypedDict):
 class Dataset(abc.ABC):
     """Labelled images, split into examples to train on and examples to evaluate on.
 
-    A stream is a function of its arguments alone. Global batch `k` holds the same examples, augmented the same way and
-    in the same order, whatever the number of processes: process `i` of `n` gets the `i`-th of `n` contiguous blocks
-    of its rows. The step number is therefore the whole position of the data.
+    A stream is a function of its arguments alone. Global batch ``k`` holds the same examples, augmented the same way
+    and in the same order, whatever the number of processes: process ``i`` of ``n`` gets the ``i``-th of ``n``
+    contiguous blocks of its rows. The step number is therefore the whole position of the data.
 
     Attributes:
         name: as TFDS or scikit-learn calls it.
-        num_classes: labels are `0 … num_classes − 1`.
+        num_classes: labels are ``0 … num_classes − 1``.
         train_size: examples in an epoch of training.
         eval_size: examples in the evaluation split.
-        image_shape: `(height, width, channels)` of the images in both streams.
+        image_shape: ``(height, width, channels)`` of the images in both streams.
         mean: per channel, on the 0…255 scale of the images. The caller normalises, on the device.
         std: per channel, on the same scale.
     """
@@ -60,13 +60,13 @@ class Dataset(abc.ABC):
 
         Args:
             batch_size: rows of the global batch, over all processes.
-            seed: `0 … 2³² − 1`; decides order and augmentation.
-            start_step: the first batch to yield. `start_step=k` costs the same for every `k`.
+            seed: ``0 … 2³² − 1``; decides order and augmentation.
+            start_step: the first batch to yield. ``start_step=k`` costs the same for every ``k``.
             process_index: which block of rows to yield.
-            process_count: number of blocks; must divide `batch_size`.
+            process_count: number of blocks; must divide ``batch_size``.
 
         Raises:
-            DataError: `process_count` does not divide `batch_size`, or data turn out to be unreadable.
+            DataError: ``process_count`` does not divide ``batch_size``, or data turn out to be unreadable.
         """
 
     @abc.abstractmethod
@@ -79,8 +79,8 @@ class Dataset(abc.ABC):
         Args:
             batch_size: rows of the global batch, over all processes.
             process_index: which block of rows to yield.
-            process_count: number of blocks; must divide `batch_size`.
+            process_count: number of blocks; must divide ``batch_size``.
 
         Raises:
-            DataError: `process_count` does not divide `batch_size`, or data turn out to be unreadable.
+            DataError: ``process_count`` does not divide ``batch_size``, or data turn out to be unreadable.
         """

@@ -13,7 +13,7 @@ class UnreadableImage(Exception):
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
-    """`(height, width)` in pixels, from the header alone.
+    """``(height, width)`` in pixels, from the header alone.
 
     Raises:
         UnreadableImage: the header is damaged, or of no known format.
@@ -35,7 +35,7 @@ def decode(encoded: bytes) -> np.ndarray:
         encoded: the file's bytes.
 
     Returns:
-        uint8 `[height, width, 3]`.
+        uint8 ``[height, width, 3]``.
 
     Raises:
         UnreadableImage: not an image, or a truncated one.
@@ -62,7 +62,7 @@ def decode_top(encoded: bytes, rows: int, reduction: float) -> np.ndarray:
     """Decodes the upper part of an image for training, where speed counts and chroma need not be exact to the pixel.
 
     Of a JPEG, what lies below is not decoded at all, and chroma is upsampled by repetition: that moves a resized crop
-    by 0.2 grey levels on average. Other images are decoded by `decode`.
+    by 0.2 grey levels on average. Other images are decoded by ``decode``.
 
     Args:
         encoded: the file's bytes.
@@ -71,11 +71,11 @@ def decode_top(encoded: bytes, rows: int, reduction: float) -> np.ndarray:
             eighths, a quarter … of its size where this allows it, antialiased by the JPEG transform itself.
 
     Returns:
-        uint8 `[height, width, 3]`, with at least `rows` rows. The width is that of the whole image, times the fraction
-        at which it was decoded.
+        uint8 ``[height, width, 3]``, with at least ``rows`` rows. The width is that of the whole image, times the
+        fraction at which it was decoded.
 
     Raises:
-        UnreadableImage: see `decode`.
+        UnreadableImage: see ``decode``.
     """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)

@@ -36,7 +36,7 @@ def random_crop_box(draws: Sequence[float], height: int, width: int) -> Box:
     """A random part of an image: 8 % to 100 % of its area, aspect ratio 3/4 to 4/3 (Szegedy et al. 2014, section 6).
 
     Args:
-        draws: at least `DRAWS − 1` numbers from `[0, 1)`.
+        draws: at least ``DRAWS − 1`` numbers from ``[0, 1)``.
         height: of the image, in pixels.
         width: of the image, in pixels.
 
@@ -64,8 +64,8 @@ def resize(image: np.ndarray, out: np.ndarray, interpolation: Interpolation) -> 
     and by 1.2 to 2.2 at 64 and 32.
 
     Args:
-        image: uint8 `[height, width, 3]`.
-        out: uint8 `[size, size, 3]`, contiguous; holds the result afterwards.
+        image: uint8 ``[height, width, 3]``.
+        out: uint8 ``[size, size, 3]``, contiguous; holds the result afterwards.
         interpolation: between pixels.
     """
     size = len(out)
@@ -84,12 +84,12 @@ def train_view(encoded: bytes, draws: Sequence[float], out: np.ndarray, interpol
 
     Args:
         encoded: the file's bytes.
-        draws: `DRAWS` numbers from `[0, 1)`, on which alone the view depends.
-        out: uint8 `[size, size, 3]`, contiguous; holds the view afterwards.
+        draws: ``DRAWS`` numbers from ``[0, 1)``, on which alone the view depends.
+        out: uint8 ``[size, size, 3]``, contiguous; holds the view afterwards.
         interpolation: between pixels.
 
     Raises:
-        UnreadableImage: see `decoding.decode`.
+        UnreadableImage: see ``decoding.decode``.
     """
     height, width = decoding.image_size(encoded)
     box = random_crop_box(draws, height, width)
@@ -106,20 +106,20 @@ def train_view(encoded: bytes, draws: Sequence[float], out: np.ndarray, interpol
 def eval_view(encoded: bytes, size: int, crop_fraction: float, interpolation: Interpolation) -> np.ndarray:
     """The middle of an encoded image, as torchvision and timm evaluate it.
 
-    The shorter side is resized to `size / crop_fraction` by Pillow's antialiased filter, which those use too, and a
-    square of `size` is cut from the centre.
+    The shorter side is resized to ``size / crop_fraction`` by Pillow's antialiased filter, which those use too, and a
+    square of ``size`` is cut from the centre.
 
     Args:
         encoded: the file's bytes.
         size: pixels of the square's side.
-        crop_fraction: of the shorter side that is kept, `0 < crop_fraction ≤ 1`.
+        crop_fraction: of the shorter side that is kept, ``0 < crop_fraction ≤ 1``.
         interpolation: between pixels.
 
     Returns:
-        uint8 `[size, size, 3]`.
+        uint8 ``[size, size, 3]``.
 
     Raises:
-        UnreadableImage: see `decoding.decode`.
+        UnreadableImage: see ``decoding.decode``.
     """
     image = Image.fromarray(decoding.decode(encoded))
     # The small excess keeps quotients such as 192 / (192 / 225) from falling to the integer below.

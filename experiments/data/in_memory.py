@@ -24,10 +24,10 @@ class InMemoryDataset(Dataset):
     Attributes:
         padding: pixels added to each side before the random crop; 0 leaves images where they are.
         flip: whether to mirror images left to right with probability 1/2.
-        train_images: uint8 `[train_size, height, width, channels]`.
-        train_labels: int32 `[train_size]`.
-        eval_images: uint8 `[eval_size, height, width, channels]`.
-        eval_labels: int32 `[eval_size]`.
+        train_images: uint8 ``[train_size, height, width, channels]``.
+        train_labels: int32 ``[train_size]``.
+        eval_images: uint8 ``[eval_size, height, width, channels]``.
+        eval_labels: int32 ``[eval_size]``.
     """
 
     padding: int
@@ -75,19 +75,19 @@ def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, p
     """Pads images with black, crops them to their size again, and mirrors some of the crops left to right.
 
     Args:
-        images: uint8 `[n, height, width, channels]`.
-        offsets: int `[n, 2]`, top and left edge of the crop in the padded image, each `0 … 2·padding`.
-        flips: bool `[n]`, which crops to mirror.
+        images: uint8 ``[n, height, width, channels]``.
+        offsets: int ``[n, 2]``, top and left edge of the crop in the padded image, each ``0 … 2·padding``.
+        flips: bool ``[n]``, which crops to mirror.
         padding: black pixels added on each side.
 
     Returns:
-        uint8 `[n, height, width, channels]`.
+        uint8 ``[n, height, width, channels]``.
     """
     count, height, width, channels = images.shape
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     row = offsets[:, :1] + np.arange(height)
     column = np.where(flips[:, np.newaxis], np.arange(width)[::-1], np.arange(width)) + offsets[:, 1:]
-    # One gather of whole pixels: an opaque type of `channels` bytes makes each of them a single element.
+    # One gather of whole pixels: an opaque type of ``channels`` bytes makes each of them a single element.
     pixels = padded.view(np.dtype((np.void, channels))).reshape(-1)
     line = np.arange(count)[:, np.newaxis] * padded.shape[1] + row
     index = line[:, :, np.newaxis] * padded.shape[2] + column[:, np.newaxis, :]

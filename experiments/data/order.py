@@ -8,10 +8,10 @@ from experiments.data.dataset import DataError
 
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that process `process_index` holds: contiguous, as a sharded array lays them out.
+    """The rows of a global batch that process ``process_index`` holds: contiguous, as a sharded array lays them out.
 
     Raises:
-        DataError: `process_count` does not divide `batch_size`.
+        DataError: ``process_count`` does not divide ``batch_size``.
     """
     if batch_size < 1 or batch_size % process_count:
         raise DataError(
@@ -29,7 +29,7 @@ def train_indices(size: int, step: int, batch_size: int, rows: slice, seed: int)
     batch may straddle two.
 
     Returns:
-        int64 `[rows]`, each in `0 … size − 1`.
+        int64 ``[rows]``, each in ``0 … size − 1``.
     """
     epoch, position = np.divmod(step * batch_size + np.arange(batch_size)[rows], size)
     index = np.empty(len(epoch), np.int64)
@@ -49,7 +49,7 @@ def eval_indices(size: int, step: int, batch_size: int, rows: slice) -> tuple[np
     """The examples in some rows of a global evaluation batch, in the order of the split.
 
     Returns:
-        int64 `[rows]`, each in `0 … size − 1`, and bool `[rows]`, False where a row is padding.
+        int64 ``[rows]``, each in ``0 … size − 1``, and bool ``[rows]``, False where a row is padding.
     """
     index = step * batch_size + np.arange(batch_size)[rows]
     mask = index < size
@@ -57,5 +57,5 @@ def eval_indices(size: int, step: int, batch_size: int, rows: slice) -> tuple[np
 
 
 def eval_steps(size: int, batch_size: int) -> int:
-    """Batches in one pass over `size` examples, the last of which may be padded."""
+    """Batches in one pass over ``size`` examples, the last of which may be padded."""
     return -(-size // batch_size)

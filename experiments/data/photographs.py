@@ -74,7 +74,7 @@ class _RawBatch(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class PhotographDataset(Dataset):
-    """Photographs that are read, decoded and cropped as they are needed; `photographs` opens one.
+    """Photographs that are read, decoded and cropped as they are needed; ``photographs`` opens one.
 
     In training an unreadable image is replaced by its next readable neighbour in the split, which depends on nothing
     but the split. In evaluation its row is masked.
@@ -189,16 +189,16 @@ def photographs(
     Training sees a random part of each image, resized and mirrored at random; evaluation sees the middle.
 
     Args:
-        name: of the dataset in TFDS, or of its folder in `data_dir`.
+        name: of the dataset in TFDS, or of its folder in ``data_dir``.
         data_dir: the TFDS data directory; None is TFDS's own default.
         image_size: pixels of the square's side.
-        crop_fraction: of the shorter side that evaluation keeps, `0 < crop_fraction ≤ 1`.
+        crop_fraction: of the shorter side that evaluation keeps, ``0 < crop_fraction ≤ 1``.
         interpolation: of both streams.
         mean: per channel, on the 0…255 scale, for the caller to normalise with.
         std: per channel, on the 0…255 scale, for the caller to normalise with.
-        train_split: in TFDS's notation, such as `train[:90%]`.
-        eval_split: in TFDS's notation; None is `validation` for imagenet2012 and what is made of it, whose test labels
-            are not public, and `test` for others.
+        train_split: in TFDS's notation, such as ``train[:90%]``.
+        eval_split: in TFDS's notation; None is ``validation`` for imagenet2012 and what is made of it, whose test
+            labels are not public, and ``test`` for others.
         workers: processes that prepare batches; 0 is threads of this process. The batches are the same. Each worker
             holds up to two batches of this process's rows, in shared memory.
         max_unreadable: images of a split that may be skipped, in each process of a job, before it is an error.

@@ -32,9 +32,9 @@ class TfdsSplit:
     Attributes:
         name: of the dataset.
         split: of the dataset.
-        num_classes: labels are `0 … num_classes − 1`.
-        image_shape: `(height, width, channels)`; height and width are None where images differ in size.
-        source: TFDS's random-access reader of serialized `tf.train.Example` messages.
+        num_classes: labels are ``0 … num_classes − 1``.
+        image_shape: ``(height, width, channels)``; height and width are None where images differ in size.
+        source: TFDS's random-access reader of serialized ``tf.train.Example`` messages.
         image_key: the feature that holds the image.
         label_key: the feature that holds the label.
     """
@@ -90,10 +90,10 @@ def open_split(name: str, data_dir: str | None, split: str) -> TfdsSplit:
     """Opens a split of a TFDS dataset in array_record format.
 
     Args:
-        name: of the dataset in TFDS, or of its folder in `data_dir`; a configuration and a version may follow, in
+        name: of the dataset in TFDS, or of its folder in ``data_dir``; a configuration and a version may follow, in
             TFDS's notation.
         data_dir: the TFDS data directory; None is TFDS's own default.
-        split: in TFDS's notation, such as `train` or `train[:90%]`.
+        split: in TFDS's notation, such as ``train`` or ``train[:90%]``.
 
     Raises:
         DataError: the dataset or the split is not there, not complete, or not for image classification. The message

@@ -9,8 +9,6 @@ logits, updates = model.apply(variables, images, train=True, mutable=["batch_sta
 Images are NHWC, float and already normalised; logits are float32; parameters are float32 whatever the compute dtype.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -18,8 +16,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from . import alexnet, cifar_resnet, efficientnet, mixnet, mobilenet, resnet, small
-from .spec import NetworkSpec
+from ltp_jax.models import alexnet, cifar_resnet, efficientnet, mixnet, mobilenet, resnet, small
+from ltp_jax.models.spec import NetworkSpec
 
 __all__ = ["NetworkSpec", "create", "names", "spec"]
 
@@ -28,12 +26,12 @@ _NETWORKS = {row.name: row for family in _FAMILIES for row in family.NETWORKS}
 
 
 def names() -> tuple[str, ...]:
-    """The names that `create` and `spec` accept."""
+    """The names that ``create`` and ``spec`` accept."""
     return tuple(_NETWORKS)
 
 
 def spec(name: str) -> NetworkSpec:
-    """What is fixed about the network `name`: input size, channels, classes, parameters.
+    """What is fixed about the network ``name``: input size, channels, classes, parameters.
 
     Raises:
       ValueError: there is no network of that name; the message lists those there are.
@@ -44,17 +42,17 @@ def spec(name: str) -> NetworkSpec:
 
 
 def create(name: str, *, num_classes: int | None = None, dtype: DTypeLike = jnp.float32, **overrides: Any) -> nn.Module:
-    """Builds the network `name` as an unbound Linen module.
+    """Builds the network ``name`` as an unbound Linen module.
 
     Args:
-      name: one of `names()`.
+      name: one of ``names()``.
       num_classes: logits of the head; the network's own number when None.
-      dtype: dtype of activations and products, `jnp.bfloat16` for accelerators. Parameters, batch statistics and
+      dtype: dtype of activations and products, ``jnp.bfloat16`` for accelerators. Parameters, batch statistics and
         logits stay float32.
-      **overrides: other fields of the module, such as `padding`, `epsilon` or `dropout_rate`.
+      **overrides: other fields of the module, such as ``padding``, ``epsilon`` or ``dropout_rate``.
 
     Returns:
-      A module called as `model.apply(variables, images, train=...)`.
+      A module called as ``model.apply(variables, images, train=...)``.
 
     Raises:
       ValueError: an unknown name or option; the message lists those accepted.

@@ -1,21 +1,19 @@
 """AlexNet in its one-tower form (Krizhevsky, *One weird trick*, arXiv 1404.5997), as torchvision has it."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from .layers import Conv, max_pool
-from .spec import NetworkSpec
+from ltp_jax.models.layers import Conv, max_pool
+from ltp_jax.models.spec import NetworkSpec
 
 _GRID = 6  # the dense layers expect this many pixels a side
 
 
 def _resize_by_averaging(x: jax.Array, size: int) -> jax.Array:
-    """Means over `size x size` windows that tile, and where need be overlap on, the image."""
+    """Means over ``size x size`` windows that tile, and where need be overlap on, the image."""
     for axis in (1, 2):
         length = x.shape[axis]
         if length == size:
@@ -31,8 +29,8 @@ def _resize_by_averaging(x: jax.Array, size: int) -> jax.Array:
 class AlexNet(nn.Module):
     """Five convolutions and three dense layers; no batch normalisation, hence no batch statistics.
 
-    Maps float `[N, 224, 224, 3]` to float32 logits `[N, num_classes]`. Other sizes from 63 pixels on are averaged to
-    the grid that the dense layers expect. Dropout needs the `dropout` stream while training.
+    Maps float ``[N, 224, 224, 3]`` to float32 logits ``[N, num_classes]``. Other sizes from 63 pixels on are averaged
+    to the grid that the dense layers expect. Dropout needs the ``dropout`` stream while training.
     """
 
     num_classes: int

@@ -1,14 +1,12 @@
 """The residual networks for CIFAR-10 of He et al., section 4.2 (arXiv 1512.03385)."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .layers import BatchNorm, Conv, ConvNorm, global_average_pool
-from .spec import NetworkSpec
+from ltp_jax.models.layers import BatchNorm, Conv, ConvNorm, global_average_pool
+from ltp_jax.models.spec import NetworkSpec
 
 
 class _Block(nn.Module):
@@ -31,9 +29,9 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Depth `6 * blocks + 2`: three stages of basic blocks, 16, 32 and 64 wide, with parameter-free shortcuts.
+    """Depth ``6 * blocks + 2``: three stages of basic blocks, 16, 32 and 64 wide, with parameter-free shortcuts.
 
-    Maps float `[N, 32, 32, 3]` to float32 logits `[N, num_classes]`.
+    Maps float ``[N, 32, 32, 3]`` to float32 logits ``[N, num_classes]``.
     """
 
     num_classes: int

@@ -1,13 +1,11 @@
 """EfficientNet (Tan and Le, arXiv 1905.11946), and EfficientNet-Lite without squeeze-and-excitation and with ReLU6."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import flax.linen as nn
 
-from .inverted_residual import InvertedResidualNet, Stage, round_channels, scale
-from .spec import NetworkSpec
+from ltp_jax.models.inverted_residual import InvertedResidualNet, Stage, round_channels, scale
+from ltp_jax.models.spec import NetworkSpec
 
 _STAGES = tuple(
     dataclasses.replace(stage, squeeze=0.25, activation=nn.silu)

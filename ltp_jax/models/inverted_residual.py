@@ -1,10 +1,8 @@
 """The network of inverted residual blocks that MobileNetV2, EfficientNet and MixNet share.
 
-A member of these families is a sequence of `Stage` rows, a stem and a head; see `mobilenet.py`, `efficientnet.py`
-and `mixnet.py` for the rows.
+A member of these families is a sequence of ``Stage`` rows, a stem and a head; see ``mobilenet.py``, ``efficientnet.py``
+and ``mixnet.py`` for the rows.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -16,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .layers import Activation, BatchNorm, Conv, Padding, StochasticDepth, global_average_pool
+from ltp_jax.models.layers import Activation, BatchNorm, Conv, Padding, StochasticDepth, global_average_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Stage:
     """A run of equal blocks; the first of them has the stride and the change of width.
 
     Attributes:
-      number: names the blocks, `block{number}_{index}`; rows of the same number count on.
+      number: names the blocks, ``block{number}_{index}``; rows of the same number count on.
       features: output channels.
       repeats: how many blocks.
       strides: of the first block.
@@ -54,7 +52,7 @@ def round_channels(channels: float) -> int:
 
 
 def scale(stages: Sequence[Stage], width: float, depth: float = 1.0) -> tuple[Stage, ...]:
-    """Compound scaling: channels by `width`, rounded to multiples of 8, and repeats by `depth`, rounded up."""
+    """Compound scaling: channels by ``width``, rounded to multiples of 8, and repeats by ``depth``, rounded up."""
     return tuple(
         dataclasses.replace(
             stage, features=round_channels(stage.features * width), repeats=math.ceil(stage.repeats * depth)
@@ -64,7 +62,7 @@ def scale(stages: Sequence[Stage], width: float, depth: float = 1.0) -> tuple[St
 
 
 def _split(channels: int, shares: int) -> list[int]:
-    """Equal shares of `channels`, the first taking what is left over."""
+    """Equal shares of ``channels``, the first taking what is left over."""
     sizes = [channels // shares] * shares
     sizes[0] += channels - sum(sizes)
     return sizes
@@ -73,7 +71,7 @@ def _split(channels: int, shares: int) -> list[int]:
 class MixConvNorm(nn.Module):
     """Convolutions side by side, each on its share of the channels (Tan and Le, arXiv 1907.09595), and batch norm.
 
-    One kernel size is an ordinary convolution, submodule `conv`; several are `conv_0`, `conv_1`, ...
+    One kernel size is an ordinary convolution, submodule ``conv``; several are ``conv_0``, ``conv_1``, ...
     """
 
     features: int
@@ -83,7 +81,6 @@ class MixConvNorm(nn.Module):
     activation: Activation | None = nn.relu
     padding: Padding = "torch"
     epsilon: float = 1e-5
-    momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -104,7 +101,7 @@ class MixConvNorm(nn.Module):
             )
             parts[index] = conv(parts[index])
         x = parts[0] if shares == 1 else jnp.concatenate(parts, axis=-1)
-        x = BatchNorm(self.epsilon, self.momentum, self.dtype, name="norm")(x, train)
+        x = BatchNorm(self.epsilon, self.dtype, name="norm")(x, train)
         return x if self.activation is None else self.activation(x)
 
 
@@ -131,15 +128,12 @@ class InvertedResidual(nn.Module):
     drop_rate: float
     padding: Padding
     epsilon: float
-    momentum: float
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         stage, inputs = self.stage, x.shape[-1]
-        conv_norm = functools.partial(
-            MixConvNorm, padding=self.padding, epsilon=self.epsilon, momentum=self.momentum, dtype=self.dtype
-        )
+        conv_norm = functools.partial(MixConvNorm, padding=self.padding, epsilon=self.epsilon, dtype=self.dtype)
         hidden = inputs * stage.expansion
         y = x
         if stage.expansion != 1:
@@ -158,8 +152,8 @@ class InvertedResidual(nn.Module):
 class InvertedResidualNet(nn.Module):
     """Stem, stages of inverted residual blocks, 1x1 convolution, average, dropout, dense head.
 
-    Maps float `[N, H, W, 3]` to float32 logits `[N, num_classes]`. Training draws dropout and stochastic depth from the
-    `dropout` stream; the rate of stochastic depth grows in equal steps from 0 at the first block.
+    Maps float ``[N, H, W, 3]`` to float32 logits ``[N, num_classes]``. Training draws dropout and stochastic depth from
+    the ``dropout`` stream; the rate of stochastic depth grows in equal steps from 0 at the first block.
     """
 
     num_classes: int
@@ -171,7 +165,6 @@ class InvertedResidualNet(nn.Module):
     drop_path_rate: float = 0.0
     padding: Padding = "torch"
     epsilon: float = 1e-5
-    momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -181,7 +174,6 @@ class InvertedResidualNet(nn.Module):
             activation=self.activation,
             padding=self.padding,
             epsilon=self.epsilon,
-            momentum=self.momentum,
             dtype=self.dtype,
         )
         x = conv_norm(self.stem_features, (3,), 2, name="stem")(images, train)
@@ -195,7 +187,6 @@ class InvertedResidualNet(nn.Module):
                 drop_rate=self.drop_path_rate * position / len(blocks),
                 padding=self.padding,
                 epsilon=self.epsilon,
-                momentum=self.momentum,
                 dtype=self.dtype,
                 name=f"block{stage.number}_{number}",
             )

@@ -2,11 +2,9 @@
 
 XLA compiles a few operations badly on the CPU: grouped convolutions, the gradient of a max-pool, and 1x1
 convolutions. Those are written a second time below, in a form that the CPU runs well, and
-`jax.lax.platform_dependent` takes that form when, and only when, the code is lowered for a CPU. A TPU or a GPU
+``jax.lax.platform_dependent`` takes that form when, and only when, the code is lowered for a CPU. A TPU or a GPU
 gets the plain operation and nothing else.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,9 +20,11 @@ from jax.typing import DTypeLike
 Padding = Literal["torch", "same", "valid"] | int
 """How a convolution pads its input.
 
-`"torch"` pads both sides by `kernel // 2`; `"same"` is TensorFlow's, which depends on the input size and puts the odd
-pixel last; `"valid"` pads nothing; a number pads both sides by just that.
+``"torch"`` pads both sides by ``kernel // 2``; ``"same"`` is TensorFlow's, which depends on the input size and puts the
+odd pixel last; ``"valid"`` pads nothing; a number pads both sides by just that.
 """
+
+_MOMENTUM = 0.9  # of running statistics: what they keep of themselves in a step
 
 Activation = Callable[[jax.Array], jax.Array]
 Pads = Sequence[tuple[int, int]]
@@ -33,11 +33,11 @@ conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He et al. 2015 (arXiv 1502.01852), preserving the variance of the gradient."""
 
 depthwise_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-"""The same for a depthwise kernel, where fan in and fan out are both `k * k`."""
+"""The same for a depthwise kernel, where fan in and fan out are both ``k * k``."""
 
 
 def explicit_padding(padding: Padding, size: tuple[int, int], kernel: int, stride: int) -> Pads:
-    """The pixels to add before and after each spatial axis of an image of height and width `size`."""
+    """The pixels to add before and after each spatial axis of an image of height and width ``size``."""
     if padding == "valid":
         return ((0, 0), (0, 0))
     if padding == "torch":
@@ -51,7 +51,7 @@ def explicit_padding(padding: Padding, size: tuple[int, int], kernel: int, strid
 
 
 def _shifts(x: jax.Array, height: int, width: int, stride: int) -> list[jax.Array]:
-    """The `height * width` shifted and strided views of an image that is padded already, in row-major order."""
+    """The ``height * width`` shifted and strided views of an image that is padded already, in row-major order."""
     batch, rows, columns, channels = x.shape
     rows, columns = (rows - height) // stride * stride, (columns - width) // stride * stride
     return [
@@ -62,7 +62,7 @@ def _shifts(x: jax.Array, height: int, width: int, stride: int) -> list[jax.Arra
 
 
 def _depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Depthwise convolution of padded `x` as a sum of shifted products."""
+    """Depthwise convolution of padded ``x`` as a sum of shifted products."""
     size, features = kernel.shape[0], kernel.shape[-1]
     taps = kernel.reshape(size, size, features)
     zero = jnp.zeros((), x.dtype)
@@ -84,7 +84,7 @@ def _depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, pads: Pads, groups: int = 1) -> jax.Array:
-    """Convolution of `x [N, H, W, C]` with `kernel [k, k, C / groups, features]`, in the dtype of its arguments."""
+    """Convolution of ``x [N, H, W, C]`` with ``kernel [k, k, C / groups, features]``, in the dtype of its arguments."""
     size, features = kernel.shape[0], kernel.shape[3]
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, pads: Pads, grou
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """Maximum over `window x window` patches of `x [N, H, W, C]`, `stride` apart, after padding with minus infinity."""
+    """Maximum over ``window x window`` patches of ``x [N, H, W, C]``, ``stride`` apart; minus infinity pads them."""
     pads = ((padding, padding),) * 2
 
     def plain(x: jax.Array) -> jax.Array:
@@ -131,15 +131,15 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """Mean over the pixels, `[N, H, W, C] -> [N, C]`, summed in float32 whatever the dtype of `x`."""
+    """Mean over the pixels, ``[N, H, W, C] -> [N, C]``, summed in float32 whatever the dtype of ``x``."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
 
 
 class Conv(nn.Module):
-    """Convolution with a square kernel, `[N, H, W, C] -> [N, H', W', features]`.
+    """Convolution with a square kernel, ``[N, H, W, C] -> [N, H', W', features]``.
 
-    Parameters are float32: `kernel [k, k, C / groups, features]` and, with `use_bias`, `bias [features]`. The product
-    is computed in `dtype`. `groups` equal to the input channels makes it depthwise.
+    Parameters are float32: ``kernel [k, k, C / groups, features]`` and, with ``use_bias``, ``bias [features]``. The
+    product is computed in ``dtype``. ``groups`` equal to the input channels makes it depthwise.
     """
 
     features: int
@@ -164,14 +164,13 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (Ioffe and Szegedy, arXiv 1502.03167).
 
-    Statistics are float32 means over the batch axis of the traced array: when `jax.jit` shards that axis over a mesh,
-    they are the statistics of the global batch. `momentum` is what a running statistic keeps of itself in a step, so
-    0.9 here is 0.1 in PyTorch. The running variance averages the biased variance of the batch, as in TensorFlow;
-    PyTorch averages the unbiased one, which is larger by `n / (n - 1)` for `n` values a channel.
+    Statistics are float32 means over the batch axis of the traced array: when ``jax.jit`` shards that axis over a mesh,
+    they are the statistics of the global batch. A running statistic keeps nine tenths of itself in a step, a momentum
+    of 0.1 in the words of PyTorch. The running variance averages the biased variance of the batch, as in TensorFlow;
+    PyTorch averages the unbiased one, which is larger by ``n / (n - 1)`` for ``n`` values a channel.
     """
 
     epsilon: float = 1e-5
-    momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -189,44 +188,32 @@ class BatchNorm(nn.Module):
             # One pass over x instead of two; the maximum guards against cancellation.
             var = jnp.maximum(jnp.mean(jnp.square(wide), axes) - jnp.square(mean), 0.0)
             if not self.is_initializing():
-                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+                running_mean.value = _MOMENTUM * running_mean.value + (1 - _MOMENTUM) * mean
+                running_var.value = _MOMENTUM * running_var.value + (1 - _MOMENTUM) * var
         factor = scale * lax.rsqrt(var + self.epsilon)
         return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch normalisation, activation: submodules `conv` and `norm`."""
+    """Convolution, batch normalisation, activation: submodules ``conv`` and ``norm``."""
 
     features: int
     kernel_size: int = 3
     strides: int = 1
-    padding: Padding = "torch"
-    groups: int = 1
     activation: Activation | None = nn.relu
-    epsilon: float = 1e-5
-    momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = Conv(
-            self.features,
-            self.kernel_size,
-            self.strides,
-            padding=self.padding,
-            groups=self.groups,
-            dtype=self.dtype,
-            name="conv",
-        )(x)
-        x = BatchNorm(self.epsilon, self.momentum, dtype=self.dtype, name="norm")(x, train)
+        x = Conv(self.features, self.kernel_size, self.strides, dtype=self.dtype, name="conv")(x)
+        x = BatchNorm(dtype=self.dtype, name="norm")(x, train)
         return x if self.activation is None else self.activation(x)
 
 
 class StochasticDepth(nn.Module):
     """Drops the residual branch of whole images (Huang et al., arXiv 1603.09382), rescaling those that stay.
 
-    Draws from the `dropout` stream while training; the identity otherwise.
+    Draws from the ``dropout`` stream while training; the identity otherwise.
     """
 
     rate: float

@@ -1,13 +1,11 @@
 """MixNet (Tan and Le, *MixConv*, arXiv 1907.09595)."""
 
-from __future__ import annotations
-
 import functools
 
 import flax.linen as nn
 
-from .inverted_residual import InvertedResidualNet, Stage, round_channels, scale
-from .spec import NetworkSpec
+from ltp_jax.models.inverted_residual import InvertedResidualNet, Stage, round_channels, scale
+from ltp_jax.models.spec import NetworkSpec
 
 _Swish = functools.partial(Stage, activation=nn.silu)
 

@@ -1,13 +1,11 @@
 """MobileNetV2 (Sandler et al., arXiv 1801.04381)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import flax.linen as nn
 
-from .inverted_residual import InvertedResidualNet, Stage, round_channels, scale
-from .spec import NetworkSpec
+from ltp_jax.models.inverted_residual import InvertedResidualNet, Stage, round_channels, scale
+from ltp_jax.models.spec import NetworkSpec
 
 _STAGES = tuple(
     dataclasses.replace(stage, activation=nn.relu6)

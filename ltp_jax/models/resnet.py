@@ -1,8 +1,5 @@
 """Residual networks for ImageNet (He et al., arXiv 1512.03385); a bottleneck has its stride in the 3x3 convolution."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -10,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .layers import BatchNorm, Conv, ConvNorm, global_average_pool, max_pool
-from .spec import NetworkSpec
+from ltp_jax.models.layers import BatchNorm, Conv, ConvNorm, global_average_pool, max_pool
+from ltp_jax.models.spec import NetworkSpec
 
 
 class _Block(nn.Module):
@@ -20,13 +17,10 @@ class _Block(nn.Module):
     width: int
     strides: int
     bottleneck: bool
-    epsilon: float
-    momentum: float
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = functools.partial(BatchNorm, self.epsilon, self.momentum, self.dtype)
         if self.bottleneck:
             layers = ((self.width, 1, 1), (self.width, 3, self.strides), (4 * self.width, 1, 1))
         else:
@@ -36,7 +30,7 @@ class _Block(nn.Module):
         y = x
         for index, (channels, kernel, strides) in enumerate(layers, start=1):
             y = Conv(channels, kernel, strides, dtype=self.dtype, name=f"conv{index}")(y)
-            y = norm(name=f"norm{index}")(y, train)
+            y = BatchNorm(dtype=self.dtype, name=f"norm{index}")(y, train)
             if index < len(layers):
                 y = nn.relu(y)
         if self.strides != 1 or x.shape[-1] != features:
@@ -45,8 +39,6 @@ class _Block(nn.Module):
                 kernel_size=1,
                 strides=self.strides,
                 activation=None,
-                epsilon=self.epsilon,
-                momentum=self.momentum,
                 dtype=self.dtype,
                 name="shortcut",
             )
@@ -55,18 +47,16 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Maps float `[N, H, W, 3]` to float32 logits `[N, num_classes]`; `H` and `W` of 224 unless told otherwise."""
+    """Maps float ``[N, H, W, 3]`` to float32 logits ``[N, num_classes]``; ``H`` and ``W`` are 224 in the paper."""
 
     num_classes: int
     repeats: Sequence[int]
     bottleneck: bool
-    epsilon: float = 1e-5
-    momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        stem = ConvNorm(64, 7, 2, epsilon=self.epsilon, momentum=self.momentum, dtype=self.dtype, name="stem")
+        stem = ConvNorm(64, 7, 2, dtype=self.dtype, name="stem")
         x = max_pool(stem(images, train), 3, 2, padding=1)
         for stage, repeats in enumerate(self.repeats, start=1):
             for index in range(repeats):
@@ -74,8 +64,6 @@ class ResNet(nn.Module):
                     width=64 * 2 ** (stage - 1),
                     strides=2 if stage > 1 and index == 0 else 1,
                     bottleneck=self.bottleneck,
-                    epsilon=self.epsilon,
-                    momentum=self.momentum,
                     dtype=self.dtype,
                     name=f"block{stage}_{index}",
                 )

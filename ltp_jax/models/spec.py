@@ -1,7 +1,5 @@
 """What is fixed about a network: the row that a family's table has for each of its members."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +12,9 @@ class NetworkSpec:
     """One network of the registry.
 
     Attributes:
-      name: what `ltp_jax.models.create` calls it.
+      name: what ``ltp_jax.models.create`` calls it.
       module: the Linen class that builds it.
-      options: the fields of `module` that make it this member of its family.
+      options: the fields of ``module`` that make it this member of its family.
       input_size: height and width, in pixels, of the images that it was designed for.
       min_size: the smallest height and width that it computes.
       parameters: how many parameters it has with its own number of classes.

@@ -1,10 +1,8 @@
 """Reads a state dict, names to NumPy arrays, from the files that PyTorch users have: safetensors, npz, torch.save.
 
-A `torch.save` file is a pickle, and unpickling can run any code. The unpickler here knows tensors and plain containers
-and refuses the rest, so that a file from a stranger can be opened; PyTorch itself is not needed.
+A ``torch.save`` file is a pickle, and unpickling can run any code. The unpickler here knows tensors and plain
+containers and refuses the rest, so that a file from a stranger can be opened; PyTorch itself is not needed.
 """
-
-from __future__ import annotations
 
 import collections
 import functools
@@ -212,8 +210,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     """Reads a file of named tensors; which of the formats it has is seen from its first bytes.
 
     Args:
-      path: a safetensors file, an `.npz`, or a file of `torch.save` (of any version since 0.4) that holds a state dict
-        or a checkpoint with one under `state_dict`, `model` or `model_state_dict`. The prefix `module.` is dropped.
+      path: a safetensors file, an ``.npz``, or a file of ``torch.save`` (of any version since 0.4) that holds a state
+        dict or a checkpoint with one under ``state_dict``, ``model`` or ``model_state_dict``. The prefix ``module.`` is
+        dropped.
 
     Raises:
       PretrainedError: the file is damaged, of another format, or holds other objects than tensors; the message says

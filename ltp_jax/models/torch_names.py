@@ -1,16 +1,15 @@
 """The names that PyTorch libraries give to our parameters, as tables of patterns over our paths.
 
 A pattern matches a path without its last part; the first that matches gives the name of the PyTorch module. In a
-template, `{stage}` and `{index}` are the numbers in `block{stage}_{index}`, `{below}` is one less than the stage,
-`{flat}` counts blocks over all stages from 0 on and `{flat1}` from 1, and `{n}` is the last number in the pattern.
+template, ``{stage}`` and ``{index}`` are the numbers in ``block{stage}_{index}``, ``{below}`` is one less than the
+stage, ``{flat}`` counts blocks over all stages from 0 on and ``{flat1}`` from 1, and ``{n}`` is the last number in the
+pattern.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
-from .weights import Naming
+from ltp_jax.models.weights import Naming
 
 Table = tuple[tuple[str, str], ...]
 
@@ -131,10 +130,10 @@ def _table(network: str, naming: Naming) -> Table:
 
 
 def torch_names(network: str, naming: Naming, paths: Iterable[str]) -> dict[str, str]:
-    """The name in the file for each of our paths, `block1_0/conv1/kernel` -> `layer1.0.conv1.weight`.
+    """The name in the file for each of our paths, ``block1_0/conv1/kernel`` -> ``layer1.0.conv1.weight``.
 
     Args:
-      network: a name of `ltp_jax.models`.
+      network: a name of ``ltp_jax.models``.
       naming: the library that wrote the file.
       paths: all paths of the network, parameters and batch statistics.
     """

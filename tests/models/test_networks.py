@@ -73,7 +73,7 @@ def test_names() -> None:
 def test_unknown_name_and_option_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown network 'resnet51': expected one of .*resnet50"):
         models.create("resnet51")
-    with pytest.raises(ValueError, match=r"resnet50 has no option 'dropout_rate': expected one of .*epsilon"):
+    with pytest.raises(ValueError, match=r"resnet50 has no option 'dropout_rate': expected one of .*repeats"):
         models.create("resnet50", dropout_rate=0.1)
     with pytest.raises(ValueError, match=r"unknown padding 'full'"):
         _shapes("mobilenet_v2", padding="full")

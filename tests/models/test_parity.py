@@ -1,6 +1,6 @@
 """The networks give the numbers of torchvision and timm, on weights and images filled by a rule.
 
-`make_fixtures.py` made the reference numbers; neither torch nor timm is needed here.
+``make_fixtures.py`` made the reference numbers; neither torch nor timm is needed here.
 """
 
 import functools

