@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
 from ltp_jax.selection import Plan
@@ -38,11 +39,17 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     """
     uses: dict[str, float] = {}
     batch = inputs.shape[0]
-    outermost = None
+    outermost, root = None, None
     running: set[tuple[str, ...]] = set()
 
     def watch(next_method, args, method_kwargs, context):
+        nonlocal root
         module = context.module
+        at_top = get_opaque_trace_state(convention="flax") == outermost
+        if root is None:
+            root = module.scope.root
+        if at_top and module.scope.root is not root:  # another network, such as a teacher, with paths of its own
+            return next_method(*args, **method_kwargs)
         # What a module calls of its own, such as the ``__call__`` that it extends, is part of one use of its weights.
         if context.method_name == "setup" or module.path in running:
             return next_method(*args, **method_kwargs)
@@ -54,7 +61,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
             path = "/".join((*module.path, "kernel"))
             # A module that is called several times uses its weights as often; how often a transform calls it is not
             # known here. One call that cannot be counted leaves the sum unknown.
-            known = context.method_name == "__call__" and get_opaque_trace_state(convention="flax") == outermost
+            known = context.method_name == "__call__" and at_top
             uses[path] = uses.get(path, 0) + (_positions(module, kernel, output) / batch if known else math.nan)
         return output
 
@@ -79,8 +86,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
 def _positions(module: nn.Module, kernel: jax.Array, output: Any) -> float:
     """At how many positions of a batch a module uses its kernel in one call; NaN if that is not certain."""
     if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
-        features = 1 if isinstance(module.features, int) else len(module.features)
-        return math.prod(output.shape[: output.ndim - features])
+        return math.prod(output.shape[: output.ndim - np.size(module.features)])
     if isinstance(module, nn.DenseGeneral | nn.ConvTranspose | nn.ConvLocal | nn.Einsum):
         return math.nan
     if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:

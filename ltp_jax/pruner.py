@@ -105,7 +105,7 @@ def learned_thresholds(
       t0: temperature in units of ``Var(|w|)``, eq. 15.
       exact_gradient: see ``ltp_jax.soft_prune``.
       l0_to_weights: see ``ltp_jax.l0``.
-      costs: see ``ltp_jax.l0``.
+      costs: what a weight of each tensor costs, by path, also of a stack one number. By default every weight costs one.
 
     Raises:
       TypeError: if the penalty is no function.
@@ -204,6 +204,6 @@ def finite_or_zero(grads: jax.Array) -> jax.Array:
     """The gradients, or zeros if one of them is not finite: a single bad batch would prune everything for good.
 
     Updates are taken likewise: an optimizer that divides by a gradient, as ``prodigy`` does, gets one of zero at first.
-    Optimizers of weights are guarded against one by ``optax.apply_if_finite`` or by scaling the loss.
+    Optimizers of weights are guarded against one by ``optax.apply_if_finite``.
     """
     return jnp.where(jnp.all(jnp.isfinite(grads)), grads, 0)

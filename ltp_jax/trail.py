@@ -364,9 +364,12 @@ def _plain(params: Any, batch_stats: Any) -> dict[str, Any]:
     def plain(tree: Any) -> Any:
         if isinstance(tree, nnx.State):
             return nnx.to_pure_dict(nnx.filter_state(tree, nnx.Not(nnx.RngState)))
-        return nn.meta.unbox(tree)
+        return tree
 
-    network = {"params": plain(params), "batch_stats": plain(batch_stats)}
+    def is_state(tree: Any) -> bool:
+        return isinstance(tree, nnx.State)
+
+    network = nn.meta.unbox(jax.tree.map(plain, {"params": params, "batch_stats": batch_stats}, is_leaf=is_state))
     names = Counter(path.replace("/", ".") for path, _ in named_leaves(network))  # as Orbax has them
     if again := [name for name, count in names.items() if count > 1]:
         raise TrailError(f"two tensors would both be {again[0]} on disk; give one of them a name without dots")
@@ -456,4 +459,10 @@ class _writing:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    # Where a line only announces what is the matter, the next one says it.
+    for line in filter(None, map(str.strip, others)):
+        if not first.endswith(":"):
+            break
+        first += f" {line}"
+    return first[:300]

@@ -97,7 +97,9 @@ def make_train_step(
       optimizer: updates the weights, from gradients and parameters alone. It never sees a threshold, and so cannot
         decay one.
       pruner: the pruning method, which updates its own thresholds.
-      loss: what is minimised, together with the method's penalty.
+      loss: what is minimised, together with the method's penalty, which a scale within it does not reach. Devices
+        that each see a part of the batch, as with ``jax.shard_map``, take their mean here: a mean that the optimizer
+        takes would leave each with thresholds of its own.
 
     Raises:
       ValueError: from the step, if the labels are not of the logits' shape without its last axis.

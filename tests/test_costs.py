@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ltp_jax as ltp
@@ -190,3 +191,29 @@ def test_a_kernel_that_another_method_uses_is_not_counted():
     assert uses_per_input(Autoencoder(False), images, plan, train=False) == {"tied/kernel": 1}
     with pytest.raises(ValueError, match="the uses of tied/kernel are not known"):
         uses_per_input(Autoencoder(True), images, plan, train=False)
+
+
+def test_another_network_that_is_called_within_is_not_counted():
+    teacher, x = nn.Dense(3), jnp.zeros((2, 7, 8))
+    frozen = teacher.init(jax.random.key(0), x)
+
+    class Taught(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            seen = teacher.apply(frozen, x).mean(1)
+            return nn.Dense(4, name="head")(seen) + nn.Sequential([nn.Dense(4)], name="layers_of")(seen)
+
+    class Collides(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(4)(teacher.clone(name="Dense_0").apply(frozen, x).mean(1))
+
+    for module in (Taught(), Collides()):
+        plan, images = plan_of(module, (2, 7, 8))
+        assert set(uses_per_input(module, images, plan, train=False).values()) == {1.0}
+
+
+def test_features_may_be_a_number_of_numpy():
+    module = Inside(nn.DenseGeneral(np.int64(5)))
+    plan, images = plan_of(module, (2, 7, 8))
+    assert list(uses_per_input(module, images, plan, train=False).values()) == [7.0]

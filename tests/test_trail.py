@@ -393,6 +393,13 @@ class Net(nnx.Module):
         return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
 
 
+def test_a_state_of_another_structure_is_named(tmp_path):
+    with contextlib.closing(Resume(tmp_path)) as resume:
+        resume.save(1, {"a": jnp.ones(3), "b": jnp.ones(2)})
+        with pytest.raises(TrailError, match=r"can be read as one of this run \(.*\bb: \S"):
+            resume.restore({"a": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+
 def test_an_nnx_network_goes_back_into_its_model(tmp_path):
     model = Net(nnx.Rngs(0))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -419,6 +426,15 @@ def test_an_nnx_network_goes_back_into_its_model(tmp_path):
     trail.close()
 
 
+def test_nnx_states_within_a_tree_are_written_as_those_that_are_the_whole(tmp_path):
+    _, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    save_network(tmp_path / "dense", {"backbone": params}, {"backbone": rest})
+    network = restore_network(tmp_path / "dense")
+    for part, state in (("params", params), ("batch_stats", nnx.filter_state(rest, nnx.BatchStat))):
+        found = [path for path, _ in ltp.named_leaves(network[part])]
+        assert found == [f"backbone/{path}" for path, _ in ltp.named_leaves(state)]
+
+
 def test_boxes_of_linen_metadata_are_not_written(tmp_path):
     kernel = nn.with_partitioning(nn.initializers.ones, (None, "model"))
     params = nn.Dense(2, kernel_init=kernel).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
@@ -428,4 +444,4 @@ def test_boxes_of_linen_metadata_are_not_written(tmp_path):
 
 def test_entry_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        ENTRIES[0].top1 = 1.0  # type: ignore[misc]
+        ENTRIES[0].top1 = 1.0
