@@ -277,13 +277,25 @@ class Resume:
                     "a directory of their own"
                 )
         self._manager = _manager(self.path, max_to_keep=2)
+        self._latest: int | None = None  # of this run: saved by it, or restored
 
     def save(self, step: int, state: Any) -> None:
-        """Writes a state in the background. Raises TrailError as ``Trail.save`` does."""
-        if step in self._manager.all_steps():
+        """Writes a state in the background; that of a step that was just saved or restored is there already.
+
+        Raises:
+          TrailError: if the directory has a state of this step or a later one by another run, which would be restored
+            in its place; as ``Trail.save`` if it cannot be written.
+        """
+        if step == self._latest:
             return
+        if later := [there for there in self._manager.all_steps() if there >= step]:
+            raise TrailError(
+                f"{self.path} has a state of step {max(later)} already, which would be restored in place of this one "
+                f"of step {step}; go on from that one, remove the directory, or name another"
+            )
         with _writing(self.path):
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        self._latest = step
 
     def restore(self, abstract_state: T) -> T | None:
         """The latest state that can be read, or None if none was saved. Later ones, which cannot, are removed.
@@ -306,6 +318,7 @@ class Resume:
                 failure = failure or error
                 broken.append(step)
                 continue
+            self._latest = step
             # They would stand in the way of the same steps, and be kept in place of a good one.
             with _writing(self.path):
                 for step in broken:

@@ -38,7 +38,7 @@ from ltp_jax.trail import Entry
         (targets, ["--batch-size=65"], "^--batch-size is 65; accepted is 1 to 64"),
         (seeds, ["--workdir=gs://bucket"], "^--workdir is gs:/bucket; accepted is a path of this machine"),
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs://bucket; accepted is a path of this machine"),
-        (seeds, ["--seeds"], "^--seeds is empty; accepted is at least one"),
+        (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
         (input_pipeline, ["--turns=0"], "^--turns is 0; accepted is at least 1"),
         (input_pipeline, ["--qualities", "90", "101"], "^--qualities has 101; accepted are 1 to 100"),
         (input_pipeline, ["--workers", "-1"], "^--workers has -1; accepted are 0 or more"),

@@ -292,6 +292,25 @@ def test_broken_resume_state_gives_way_to_the_one_before(tmp_path, caplog):
     assert restored["step"] == 2
 
 
+def test_a_state_never_stands_in_for_that_of_another_run(tmp_path):
+    state = {"w": jnp.ones(3)}
+    with contextlib.closing(Resume(tmp_path / "resume")) as resume:
+        for step in (10, 20, 20):
+            resume.save(step, state)
+    with contextlib.closing(Resume(tmp_path / "resume")) as resume:
+        for step in (5, 10, 20):
+            with pytest.raises(
+                TrailError, match=rf"a state of step 20 already, .* in place of this one of step {step};"
+            ):
+                resume.save(step, {"w": jnp.zeros(3)})
+        assert resume.restore(abstract(state)) is not None
+        resume.save(20, state)  # it is the one
+        resume.save(21, {"w": jnp.zeros(3)})
+    restored = Resume(tmp_path / "resume").restore(abstract(state))
+    assert restored is not None
+    np.testing.assert_array_equal(restored["w"], np.zeros(3))
+
+
 def test_resume_state_of_another_run_is_refused(tmp_path):
     resume = Resume(tmp_path / "resume")
     resume.save(1, {"w": jnp.ones(3)})
