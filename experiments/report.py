@@ -72,7 +72,7 @@ def terminal_table(trail: Trail) -> Table:
     """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
     front = {entry.epoch for entry in trail.pareto()}
     table = Table(title=f"the trail in {escape(str(trail.path))} (* no other entry is both sparser and more accurate)")
-    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "below dense"):
+    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):  # fits into 80 columns
         table.add_column(name, justify="right")
     dense = trail.dense.top1
     for e in trail.entries:

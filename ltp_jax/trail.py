@@ -243,7 +243,7 @@ class Trail:
                 self._read[epoch] = Entry(**metrics)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TrailError(
-                    f"entry {epoch} of {self.path} cannot be read: {_first_line(error)}; the others can be once "
+                    f"entry {epoch} of {self.path} cannot be read: {_in_one_line(error)}; the others can be once "
                     f"{self.path / str(epoch)} is removed, and this one can be saved anew"
                 ) from error
         return self._read[epoch]
@@ -314,7 +314,7 @@ class Resume:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
                 state = self._manager.restore(step, args=args)["state"]
             except Exception as error:  # Orbax raises what its parts raise
-                log.warning("the state of step %d in %s cannot be read: %s", step, self.path, _first_line(error))
+                log.warning("the state of step %d in %s cannot be read: %s", step, self.path, _in_one_line(error))
                 failure = failure or error
                 broken.append(step)
                 continue
@@ -326,7 +326,7 @@ class Resume:
             return state
         if failure is not None:
             raise TrailError(
-                f"no state in {self.path} can be read as one of this run ({_first_line(failure)}); "
+                f"no state in {self.path} can be read as one of this run ({_in_one_line(failure)}); "
                 "remove that directory to start over"
             ) from failure
         return None
@@ -412,7 +412,7 @@ def restore_network(path: str | Path) -> dict[str, Any]:
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
     except Exception as error:  # Orbax raises what its parts raise
-        raise TrailError(f"the network in {path} cannot be read: {_first_line(error)}") from error
+        raise TrailError(f"the network in {path} cannot be read: {_in_one_line(error)}") from error
 
 
 def _absolute(path: str | Path) -> Path:
@@ -466,12 +466,13 @@ class _writing:
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, Exception):
             raise TrailError(
-                f"cannot write to {self._path}: {_first_line(error)}; what was saved before is whole, and the same "
+                f"cannot write to {self._path}: {_in_one_line(error)}; what was saved before is whole, and the same "
                 "command goes on from there once this is mended; if need be, make room or allow it to write"
             ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _in_one_line(error: BaseException) -> str:
+    """The first line of a message, and what it announces."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     # Where a line only announces what is the matter, the next one says it.
     for line in filter(None, map(str.strip, others)):

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.config import ConfigError, require, require_local
+from experiments.config import ConfigError, require, require_local, write_whole
 from experiments.console import run_command
 from experiments.data import photographs
 from experiments.data.tfds_source import Example, open_split
@@ -102,8 +102,7 @@ def main() -> None:
         console.print(_throughput_table(title, measured))
         if options.workers:
             console.print(_scaling_table(measured))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(options.out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     console.print(f"Raw results: {options.out}")
 
 
