@@ -21,7 +21,15 @@ from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS
 from experiments.compare_report import read_cell, read_cells, save_picture, spread
 from experiments.components import kernel_decay, weights_optimizer
-from experiments.config import ConfigError, TrainConfig, require_local, require_seeds, write_json
+from experiments.config import (
+    ConfigError,
+    TrainConfig,
+    read_options,
+    require_local,
+    require_no_pattern,
+    require_seeds,
+    write_json,
+)
 from experiments.console import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
 from ltp_jax.pruner import Pruner
@@ -54,6 +62,7 @@ class AblationConfig:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "data_dir", "workdir", "results", "pictures")
+        require_no_pattern("--workdir", self.workdir)
         if unknown := [variant for variant in self.variants if variant not in VARIANTS]:
             raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
         require_seeds("--seeds", self.seeds)
@@ -165,8 +174,7 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(AblationConfig, prog="python -m experiments.ablation", description=__doc__)
-    config.check()
+    config = read_options(AblationConfig, prog="python -m experiments.ablation", description=__doc__)
     if config.command == "report":
         cells = read_cells(config.results, KEYS)
         if not cells:

@@ -32,10 +32,12 @@ from experiments.compare_settings import (
 from experiments.config import (
     ConfigError,
     TrainConfig,
+    read_options,
     require,
     require_any,
     require_compressions,
     require_local,
+    require_no_pattern,
     require_seeds,
     write_json,
 )
@@ -142,6 +144,7 @@ class CompareConfig:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "data_dir", "workdir", "results", "pictures")
+        require_no_pattern("--workdir", self.workdir)
         require_any("--methods", self.methods)
         require_compressions("--compressions", self.compressions)
         if self.epochs is not None:
@@ -374,8 +377,7 @@ def search_decay(
 
 
 def main() -> None:
-    config = tyro.cli(CompareConfig, prog="python -m experiments.compare", description=__doc__)
-    config.check()
+    config = read_options(CompareConfig, prog="python -m experiments.compare", description=__doc__)
     setup = NETWORKS[config.arch]
     if config.command == "report":
         runs, held_out = folder(config), folder(config, held_out=True)

@@ -52,7 +52,7 @@ def read_cell(path: Path, keys: Sequence[str] = KEYS) -> Cell:
     """A run. Raises ConfigError if the file is no such thing, or lacks one of the keys."""
     try:
         cell = dict(json.loads(path.read_text()))
-        if lacking := [key for key in keys if key not in cell]:
+        if lacking := [key for key in keys if cell.get(key) is None and (key != "compression" or key not in cell)]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no record of a run ({error}); remove it, and it is run again") from error
@@ -231,8 +231,8 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.minorticks_off()
     # The best methods fill the picture; others may leave it where they fail.
     best = [cell for cell in cells if cell["method"] in (*OWN, "gmp_global")] or cells
-    lowest = min(cell["top1"] for cell in best)
-    axes.set_ylim(math.floor(lowest) - 1.5, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
+    lowest = min(math.floor(min(cell["top1"] for cell in best)) - 1.5, dense - 0.4)
+    axes.set_ylim(lowest, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
     axes.set_ylabel("top-1 on test images, %")
     axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: mean and standard deviation over seeds")

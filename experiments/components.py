@@ -59,13 +59,17 @@ def budget_left(summary: ltp.Summary, uses: Mapping[str, float]) -> tuple[float,
 
 
 def check_batch(stage: str, train: TrainConfig, devices: int, images: int, dataset: str) -> None:
-    """Raises ConfigError for a batch that the images of a dataset do not fill or the devices cannot share."""
+    """Raises ConfigError for a batch that the images of a dataset do not fill or the devices cannot share, and for more
+    steps than a state can count."""
     if train.batch_size > images:
         raise ConfigError(f"--{stage}.batch-size is {train.batch_size}; {dataset} has {images} images")
     if train.batch_size % devices:
         raise ConfigError(
             f"--{stage}.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices"
         )
+    most = np.iinfo(np.int32).max // (images // train.batch_size)
+    if train.epochs > most:
+        raise ConfigError(f"--{stage}.epochs is {train.epochs}; accepted is at most {most}, of 2^31 steps")
 
 
 def weights_optimizer(

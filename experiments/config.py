@@ -2,10 +2,14 @@
 
 import argparse
 import dataclasses
+import errno
+import glob
 import json
 import math
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +18,10 @@ import numpy as np
 import tyro
 
 C = TypeVar("C", bound="Config")
+T = TypeVar("T")
 
 FLOAT32 = np.finfo(np.float32)
+WEEK = 7 * 24 * 3600  # JAX cannot take more than a certain number of seconds
 
 
 class ConfigError(Exception):
@@ -197,9 +203,9 @@ class DistributedConfig:
             index,
             "0 to less than --distributed.num-processes",
         )
-        require(self.heartbeat_timeout >= 1, f"{name}.heartbeat-timeout", self.heartbeat_timeout, "at least 1")
-        timeout = self.initialization_timeout
-        require(timeout >= 1, f"{name}.initialization-timeout", timeout, "at least 1")
+        for option in ("heartbeat_timeout", "initialization_timeout"):
+            seconds, flag = getattr(self, option), f"{name}.{option.replace('_', '-')}"
+            require(1 <= seconds <= WEEK, flag, seconds, f"1 to {WEEK} seconds, a week")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +241,8 @@ class Config:
         """Raises ConfigError for the first option that is impossible."""
         require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
         require_local(self, "workdir", "data_dir", "dense")
+        require_no_pattern("--workdir", self.workdir)
+        require_no_pattern("--dense", self.dense or Path())
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()
@@ -253,11 +261,13 @@ def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
 
 
 def require_seeds(option: str, seeds: Sequence[int]) -> None:
-    """Raises ConfigError if there are none, or one of them is impossible."""
+    """Raises ConfigError if there are none, or one of them is impossible or there twice."""
     require_any(option, seeds)
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{option} has one of them twice; accepted is each once")
 
 
 def require_any(flag: str, values: Sequence[Any]) -> None:
@@ -281,6 +291,48 @@ def require_local(options: Any, *names: str) -> None:
         # As a path, gs://bucket/run is a folder named gs: in the current one.
         is_local = re.match("[a-z][a-z0-9]+:/", str(path)) is None
         require(is_local, f"--{name.replace('_', '-')}", path, accepted)
+
+
+def require_no_pattern(flag: str, path: Path) -> None:
+    """Raises ConfigError if Orbax cannot keep checkpoints in a path, or below it."""
+    whole = os.path.abspath(path)
+    require(glob.escape(whole) == whole, flag, whole, "a path without *, ? and [, which Orbax takes for a pattern")
+
+
+def require_writable(flag: str, path: Path) -> None:
+    """Raises ConfigError if a file cannot be written, before the work whose result it is to hold. Makes its folder."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag} is {path}, which cannot be written: {error.strerror or error}") from error
+
+
+def read_options(kind: type[T], *, prog: str, **settings: Any) -> T:
+    """The options that a command line asks for: an instance of ``kind``, checked, with ``~`` as the home directory.
+
+    Args:
+      kind: a dataclass with a method ``check``, or a union of such.
+      prog: the command.
+      **settings: what else ``tyro.cli`` takes.
+
+    Raises:
+      ConfigError: for an impossible value.
+      SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
+    """
+    options: Any = tyro.cli(kind, prog=prog, **settings)
+    paths = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    try:
+        # Not every shell does this behind the "=" of an option.
+        paths = {name: path.expanduser() for name, path in paths.items() if isinstance(path, Path)}
+    except RuntimeError as error:
+        raise ConfigError(f"a path that begins with ~ has no meaning here: {error}") from error
+    options = dataclasses.replace(options, **paths)
+    options.check()
+    return options
 
 
 def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None = None) -> C:
@@ -307,8 +359,7 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
         rest = dict.fromkeys(set(GOALS) - goals)
         default = dataclasses.replace(default, ltp=dataclasses.replace(default.ltp, **rest))
     prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
-    config = tyro.cli(type(default), prog=prog, default=default, args=list(argv), description=description)
-    config.check()
+    config = read_options(type(default), prog=prog, default=default, args=list(argv), description=description)
     if idle := [flag for name in config.ltp.idle if (flag := f"--ltp.{name}") in typed]:
         other, goal = ("a penalty", "a target") if config.ltp.to_target else ("a target", "a penalty")
         raise ConfigError(f"{' and '.join(idle)} would do nothing: this run prunes to {goal}, not to {other}")
@@ -333,36 +384,41 @@ def of_a_job(config: Config) -> dict[str, Any]:
     }
 
 
-def record(config: Config, *, write: bool = True) -> None:
+def record(config: Config, *, weights: str | None = None, write: bool = True) -> None:
     """Writes the configuration to the working directory, or checks that it is the one that is there.
 
     A run goes on only with the options that it began with; where data lie, what is shown, how many processes and
-    devices share the work, when it gives up, and what has no meaning for it may change.
+    devices share the work, when it gives up, and what has no meaning for it may change. Where nothing of a run was
+    saved yet, everything may.
 
     Args:
       config: the options.
+      weights: digest of the published weights that the run begins from, if it does. Their file may have moved.
       write: whether this process writes the file, as one of a job does; all of them check it.
 
     Raises:
-      ConfigError: if the directory holds a run with other options, naming them.
+      ConfigError: if the directory holds a run with other options, naming them, or one without a record of them.
     """
     path = config.workdir / "config.json"
-    new = to_json(config)
-    if path.exists():
+    new = to_json(config) | ({"weights": weights} if weights else {})
+    if _was_begun(config):
         try:
             old = dict(json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{path} is no record of a run ({error}); remove it or choose another --workdir"
+                f"{config.workdir} holds what a run saved, but no record of its options can be read there ({error}); "
+                "choose another --workdir"
             ) from error
         free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
-        if config.own_dense.is_dir():
-            free.add("pretrained")  # nothing more is taken from it; whose weights they are stays fixed
+        if weights and old.get("weights") == weights:
+            free.add("pretrained")
         changed = [
             f"--{key.replace('_', '-')} {how}"
             for key, how in differences(_flat(old), _flat(new)).items()
-            if key not in free and not key.startswith("distributed.")
+            if key not in free and key != "weights" and not key.startswith("distributed.")
         ]
+        if weights and "pretrained" not in free:
+            changed.append("--pretrained has other weights now")
         if changed:
             raise ConfigError(
                 f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
@@ -370,6 +426,12 @@ def record(config: Config, *, write: bool = True) -> None:
             )
     if write:
         write_json(path, new)
+
+
+def _was_begun(config: Config) -> bool:
+    """Whether a run has saved anything that another one would go on from."""
+    folders = (config.workdir / name for name in ("pretrain", "trail", "resume"))
+    return config.own_dense.is_dir() or any(any(folder.glob("[0-9]*")) for folder in folders)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -1,9 +1,13 @@
 """What a run tells: lines to the terminal and the log file, a progress bar, and figures to JSONL and TensorBoard."""
 
 import contextlib
+import io
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +24,7 @@ from experiments.distributed import (
     CONFIG_ERROR,
     START_AGAIN,
     Preempted,
+    end_at_once,
     lost_process,
     nobody_waits,
     stops_when_asked,
@@ -143,7 +148,7 @@ class MetricsWriter:
         for line in self._path.read_bytes().splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
                 row = json.loads(line)
-                yield line, (row["stage"], row["kind"], row["step"])
+                yield line, (str(row["stage"]), str(row["kind"]), int(row["step"]))
 
     def write(self, stage: str, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         """Adds a line: the stage of the run, ``"train"`` or ``"entry"``, the step, and the figures."""
@@ -168,7 +173,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     A command that was asked to stop, or lost one of its processes, exits with ``START_AGAIN``. Where JAX itself notices
     the loss, between two programs, it aborts the process, with a message and a stack dump of its own.
     """
-    sys.unraisablehook = _closed_loops_are_no_news
+    sys.unraisablehook = _unraisable
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
     logging.raiseExceptions = False  # of a log that cannot be written, as on a full disk, it would dump the stack
     try:
         with stops_when_asked(), nobody_waits(explain):
@@ -179,20 +187,26 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             log.info("%s", notice)
         else:  # asked before the log has begun, or of a command that has none
             print(notice, file=sys.stderr)
-        code = START_AGAIN
+        end_at_once(START_AGAIN)
     except (ConfigError, DataError, TrailError, RunError, OSError) as error:
         message, code = explain(error)
         print(f"error: {message}", file=sys.stderr)
         log.debug("stopped", exc_info=True)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last saved state", file=sys.stderr)
-        code = 130
+        end_at_once(130)
     sys.exit(code)
 
 
-def _closed_loops_are_no_news(unraisable: Any) -> None:
-    """Prints what no one could catch, but for what is left of Orbax's reads and writes behind one that has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _unraisable(unraisable: Any) -> None:
+    """Prints what no one could catch, but for what is left of Orbax's reads and writes behind one that has failed.
+
+    A request to stop that came in a callback, such as that of JAX at a garbage collection, is made again.
+    """
+    request = {KeyboardInterrupt: signal.SIGINT, Preempted: signal.SIGTERM}.get(unraisable.exc_type)
+    if request is not None:
+        threading.Timer(0.05, os.kill, (os.getpid(), request)).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

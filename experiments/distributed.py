@@ -259,10 +259,15 @@ def nobody_waits(explain: Callable[[Exception], tuple[str, int]]) -> Iterator[No
         if log.handlers:  # before the log has begun, it would come to the terminal with its stack
             log.error("stopped: %s", message, exc_info=True)
         print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr)
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process without tearing down what devices and threads are still at work on."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lost_process(error: BaseException | None) -> str | None:

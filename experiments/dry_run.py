@@ -117,7 +117,7 @@ def report(
     found["seconds"] = round(time.time() - started, 1)
     path = config.workdir / "dry_run.json"
     write_json(path, found)
-    console.print(f"written to {path}", highlight=False)
+    console.print(f"written to {path}", highlight=False, markup=False)
     return found
 
 

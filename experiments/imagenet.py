@@ -5,6 +5,7 @@ python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.sa
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -379,6 +380,8 @@ def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[D
     except (PretrainedError, ValueError) as error:
         raise ConfigError(f"--pretrained: {error}") from error
 
+    with config.pretrained.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     # Looked at now, and told when there is a log to tell it in.
     others = () if config.origin is not None else pretrained.alternatives(config.pretrained, settings)
 
@@ -419,7 +422,9 @@ def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[D
             and config.image_size in (None, settings.input_size)
         )
         expected = settings.top1 if fits and published else None
-        return Start(functools.partial(network, fits, dataset.num_classes), trained=fits, expected_top1=expected)
+        return Start(
+            functools.partial(network, fits, dataset.num_classes), trained=fits, expected_top1=expected, digest=digest
+        )
 
     return settings, start
 

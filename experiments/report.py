@@ -112,7 +112,7 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
         [e.compression for e in front], [e.top1 for e in front], color="tab:red", linewidth=1.2, label="Pareto set"
     )
     figure.colorbar(points, ax=axes, label="epoch", ticks=MaxNLocator(integer=True, min_n_ticks=1))
-    _compression_axis(axes)
+    _compression_axis(axes, max(e.compression for e in entries))
     # A network that has not recovered yet may be far below; it must not flatten the rest of the picture.
     floor = min(e.top1 for e in entries)
     if 0 < sum(e.top1 < dense - 12 for e in entries) < len(entries) - 1:
@@ -125,14 +125,14 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
     axes.set_ylim(floor - margin, max(e.top1 for e in entries) + margin)
     axes.set_ylabel("held-out top-1, %")
     axes.set_title(title)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def draw_layers(
     entries: Sequence[Entry], values: Sequence[dict[str, float]], path: Path, title: str, label: str
 ) -> None:
-    """One line per layer over the epochs, coloured from the first layer to the last."""
+    """One line per layer over the epochs, coloured by the order of their names."""
     figure, axes = _figure()
     layers = list(values[0]) if values else []
     for i, layer in enumerate(layers):
@@ -152,7 +152,7 @@ def draw_layers(
         axes.text(
             1.01,
             0.5,
-            f"{len(layers)} layers,\nfirst dark,\nlast bright",
+            f"{len(layers)} layers\nby name,\nfirst dark,\nlast bright",
             transform=axes.transAxes,
             fontsize=8,
             va="center",
@@ -168,7 +168,9 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _compression_axis(axes: Axes) -> None:
+def _compression_axis(axes: Axes, highest: float) -> None:
     axes.set_xscale("log", base=2)
+    if highest < 4:  # powers of two are too few ticks
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_xlabel("compression: prunable weights / weights kept")

@@ -53,11 +53,13 @@ class Start(NamedTuple):
       network: gives ``params`` and ``batch_stats``, arrays of any kind; asked only if there is no dense network yet.
       trained: whether this is the dense network already, or is to be trained into it.
       expected_top1: what its publisher measured on this dataset, in percent, if that is known.
+      digest: of the file that it is read from, if there is one; a run goes on with the same alone.
     """
 
     network: Callable[[], dict[str, Any]]
     trained: bool
     expected_top1: float | None = None
+    digest: str | None = None
 
 
 def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None) -> Trail:
@@ -90,7 +92,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
         distributed.check_first(refusal)
         distributed.check_shared(config.workdir)
         distributed.check_same(of_a_job(config))
-        record(config, write=jax.process_index() == 0)
+        record(config, weights=start and start.digest, write=jax.process_index() == 0)
         console = Console()
         start_logging(config.workdir, console)
         if jax.process_count() > 1:
@@ -238,6 +240,7 @@ class Job:
 
     def _take(self, network: dict[str, Any], expected_top1: float | None, path: Path) -> None:
         """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
+        check_weights(network["params"], ltp.plan(network["params"]), self.config.ltp)
         params, batch_stats = jax.device_put((network["params"], network["batch_stats"]), replicated(self.mesh))
         if expected_top1 is not None:
             (figures,) = self._evaluate(batch_stats, params)
@@ -322,8 +325,7 @@ class Job:
             network = {"params": params, "batch_stats": batch_stats}
             keep_in_trail = functools.partial(keep, trail)
             latest = max(trail.epochs, default=0)
-            has_state = any(resume.path.iterdir())
-            if latest and not has_state and latest < config.train.epochs:
+            if latest and not resume.steps and latest < config.train.epochs:
                 log.warning(
                     "the trail goes to epoch %d, but there is no state in %s to go on from: training starts over, and "
                     "the entries that are there stay as they are",
@@ -333,7 +335,7 @@ class Job:
             if latest and 0 not in trail.epochs:  # it was broken and removed, and no state leads to it
                 first, _ = self._first_state(pruner, optimizer, network)
                 keep_in_trail(first(), 0)
-            if has_state or latest < config.train.epochs:
+            if resume.steps or latest < config.train.epochs:
                 self._fit("prune", config.train, pruner, optimizer, network, resume, keep_in_trail, settle=trail.wait)
         return Trail(config.workdir / "trail")
 

@@ -6,8 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.core import FrozenDict, freeze
+from flax.core import FrozenDict, freeze, unfreeze
 
+from ltp_jax.selection import named_leaves
 from ltp_jax.training import Apply
 
 
@@ -30,7 +31,7 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
         logits, updated = module.apply(variables, preprocess(images), train=True, mutable=["batch_stats"], rngs=rngs)
         averages = updated.get("batch_stats", batch_stats)
         # In the same kind of dict, or the step would be another one the second time.
-        return logits, freeze(averages) if isinstance(batch_stats, FrozenDict) else averages
+        return logits, (freeze if isinstance(batch_stats, FrozenDict) else unfreeze)(averages)
 
     return apply
 
@@ -41,7 +42,8 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
     Any other filter in the place of ``nnx.Param`` chooses what is trained; the rest is kept as it is. ``rest`` takes
     the place of the batch statistics: all the network's state that is not among the parameters. ``train``
     switches the module between ``train()`` and ``eval()``, and the key reseeds all its random streams. What it sows,
-    ``nnx.Intermediate``, is dropped; what it sowed before the split raises ValueError.
+    ``nnx.Intermediate``, is dropped; what it sowed before the split raises ValueError, and so does anything else that
+    it did not have then.
     """
 
     def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
@@ -63,6 +65,13 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
         logits = model(preprocess(images))
         nnx.pop(model, nnx.Intermediate)  # the graph definition does not know of it
         trained = {tuple(path) for path, _ in nnx.to_flat_state(params)}
-        return logits, nnx.split(model, lambda path, _: tuple(path) in trained, ...)[2]
+        rest = nnx.split(model, lambda path, _: tuple(path) in trained, ...)[2]
+        there, before = (dict(named_leaves(state)) for state in (rest, batch_stats))
+        if changed := sorted(there.keys() ^ before.keys()):
+            raise ValueError(
+                f"a call of the network adds or drops {', '.join(changed)}, of which the split does not know; make its "
+                "variables before nnx.split, and sow as nnx.Intermediate"
+            )
+        return logits, rest
 
     return apply

@@ -33,9 +33,9 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
 
     Raises:
       ValueError: if a selected tensor is no such kernel, or is not used in this call; if the features of its module's
-        output are not its last axis; if it is of ``nn.ConvTranspose``, ``nn.ConvLocal``, ``nn.Einsum`` or a
-        ``nn.DenseGeneral`` with batch axes; or if its module is called within ``nn.scan``, ``nn.vmap``, ``nn.remat`` or
-        another transform, or by another method than ``__call__``.
+        output are not its last axis; if it is of a convolution with input dilation, ``nn.ConvTranspose``,
+        ``nn.ConvLocal``, ``nn.Einsum`` or a ``nn.DenseGeneral`` with batch axes; or if its module is called within
+        ``nn.scan``, ``nn.vmap``, ``nn.remat`` or another transform, or by another method than ``__call__``.
     """
     uses: dict[str, float] = {}
     batch = inputs.shape[0]
@@ -88,6 +88,8 @@ def _positions(module: nn.Module, kernel: jax.Array, output: Any) -> float:
     if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
         return math.prod(output.shape[: output.ndim - np.size(module.features)])
     if isinstance(module, nn.DenseGeneral | nn.ConvTranspose | nn.ConvLocal | nn.Einsum):
+        return math.nan
+    if isinstance(module, nn.Conv) and np.any(np.asarray(module.input_dilation or 1) != 1):
         return math.nan
     if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:
         return math.nan

@@ -109,9 +109,11 @@ def learned_thresholds(
 
     Raises:
       TypeError: if the penalty is no function.
-      ValueError: if a tensor that is pruned has no cost, or one that is not positive; from ``init``, as
-        ``ltp_jax.init``, and if a tensor is of less precision than float32.
+      ValueError: if the plan prunes nothing, a tensor that is pruned has no cost, or one that is not positive; from
+        ``init``, as ``ltp_jax.init``, and if a tensor is of less precision than float32.
     """
+    if not plan.paths:
+        raise ValueError("the plan prunes no tensor: there is no threshold to learn")
     if not callable(penalty):
         raise TypeError(f"the penalty is {penalty!r}; accepted is a function of the step, as optax has them")
     unit = unit_costs(plan, costs)

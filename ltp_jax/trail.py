@@ -5,6 +5,7 @@ Checkpoints are Orbax's. An entry of the trail is a directory ``<epoch>`` that h
 """
 
 import dataclasses
+import glob
 import json
 import logging
 import operator
@@ -279,6 +280,11 @@ class Resume:
         self._manager = _manager(self.path, max_to_keep=2)
         self._latest: int | None = None  # of this run: saved by it, or restored
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that have a state, those that are still being written included."""
+        return tuple(sorted(self._manager.all_steps()))
+
     def save(self, step: int, state: Any) -> None:
         """Writes a state in the background; that of a step that was just saved or restored is there already.
 
@@ -288,7 +294,7 @@ class Resume:
         """
         if step == self._latest:
             return
-        if later := [there for there in self._manager.all_steps() if there >= step]:
+        if later := [there for there in self.steps if there >= step]:
             raise TrailError(
                 f"{self.path} has a state of step {max(later)} already, which would be restored in place of this one "
                 f"of step {step}; go on from that one, remove the directory, or name another"
@@ -309,7 +315,7 @@ class Resume:
         """
         self.wait()
         failure, broken = None, []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps):
             try:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
                 state = self._manager.restore(step, args=args)["state"]
@@ -416,10 +422,14 @@ def restore_network(path: str | Path) -> dict[str, Any]:
 
 
 def _absolute(path: str | Path) -> Path:
-    """Raises TrailError for an address, which as a path is a folder of that name in the current one."""
+    """Raises TrailError for an address, which as a path is a folder of that name in the current one, and a pattern."""
     if re.match("[a-z][a-z0-9]+:/", str(path)):
         raise TrailError(f"{path} is no path of a file system; accepted is one, such as that of a mounted bucket")
-    return Path(path).expanduser().absolute()
+    path = Path(path).expanduser().absolute()
+    if path != Path(glob.escape(str(path))):
+        # Orbax would write there, and look for it among the paths that the pattern fits.
+        raise TrailError(f"{path} is a pattern to Orbax; accepted is a path without *, ? and [")
+    return path
 
 
 def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ltp_jax.pruner import Pruner
-from ltp_jax.selection import Params
+from ltp_jax.selection import Params, named_leaves
 
 Batch = Mapping[str, jax.Array]
 """``image`` [b, ...], ``label`` int32 [b] and, where evaluation has padding, ``mask`` bool [b] that is False for it.
@@ -56,7 +56,17 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     params: Params, batch_stats: Any, optimizer: optax.GradientTransformation, pruner: Pruner, key: jax.Array
 ) -> TrainState:
-    """The state of a run that has not begun. Its arrays are its own: a step may donate them."""
+    """The state of a run that has not begun. Its arrays are its own: a step may donate them.
+
+    Raises:
+      ValueError: if one of the parameters is not of floating point, and so cannot be trained; as ``pruner.init``.
+    """
+    for path, leaf in named_leaves(params):
+        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+            raise ValueError(
+                f"{path} is of {jnp.asarray(leaf).dtype}, which cannot be trained; what is kept as it is belongs "
+                "into batch_stats"
+            )
     # The state of an optimizer may begin with the very arrays of the parameters, and that of thresholds with theirs.
     own = jax.tree.map(jnp.copy, (params, batch_stats, pruner.init(params), optimizer.init(params), key))
     params, batch_stats, pruning, optimizer_state, key = own

@@ -39,6 +39,16 @@ from ltp_jax.trail import Entry
         (seeds, ["--workdir=gs://bucket"], "^--workdir is gs:/bucket; accepted is a path of this machine"),
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs://bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
+        (seeds, ["--seeds", "1", "2", "1"], "^--seeds has one of them twice; accepted is each once"),
+        (seeds, ["--out=/"], "^--out is /, which cannot be written: Is a directory"),
+        (targets, ["--seed=-1"], "^--seed has -1; accepted is 0 to 4294967295"),
+        (targets, ["--out=/proc/a/r.json"], "^--out is /proc/a/r.json, which cannot be written: No such file"),
+        (
+            lean_step,
+            ["compile", "--out=experiments/results/lean_step_time.json"],
+            "^--out is .*, which holds no results of this benchmark .a row lacks bytes_accessed, collectives",
+        ),
+        (input_pipeline, ["--out=/proc/a/r.json"], "^--out is /proc/a/r.json, which cannot be written: No such file"),
         (input_pipeline, ["--turns=0"], "^--turns is 0; accepted is at least 1"),
         (input_pipeline, ["--qualities", "90", "101"], "^--qualities has 101; accepted are 1 to 100"),
         (input_pipeline, ["--workers", "-1"], "^--workers has -1; accepted are 0 or more"),
@@ -62,17 +72,18 @@ def test_times_are_added_to_those_that_are_there(tmp_path, monkeypatch):
     out = tmp_path / "time.json"
     words = ["time", "--arch=lenet_300_100", "--batch-size=8", "--steps=1", f"--out={out}"]
     before = {"arch": "lenet_300_100", "image_size": 28, "batch_size": 8, "device": jax.devices()[0].device_kind}
+    before |= dict.fromkeys(("seconds", "median_seconds", "ratio_to_dense"))
     lean_step.write(out, [before])
     monkeypatch.setattr(sys, "argv", ["lean_step.py", *words])
     monkeypatch.setattr(lean_step, "COMPARED", ("dense",))  # which is soon compiled
     lean_step.main()
-    kept, added = lean_step.read(out)
+    kept, added = json.loads(out.read_text())
     assert kept == before
-    assert added.items() > before.items()
+    assert all(added[name] == before[name] for name in ("arch", "image_size", "batch_size", "device"))
     assert list(added["median_seconds"]) == ["dense"]
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"arch": "digits"}]'])
 def test_file_of_something_else_is_refused_before_anything_is_measured(tmp_path, text):
     (tmp_path / "time.json").write_text(text)
     with pytest.raises(ConfigError, match=r"--out is .*time\.json, which holds no results of this benchmark"):
@@ -91,14 +102,14 @@ def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
     for methods in (("dense",), ("dense", "target")):
         lean_step.run_compile(lean_step.Compile(arch=("digits",), methods=methods, out=tmp_path / "compile.json"))
     assert compiled == [None, lean_step.METHODS["target"]]
-    assert [row["method"] for row in lean_step.read(tmp_path / "compile.json")] == ["dense", "target"]
+    assert [row["method"] for row in json.loads((tmp_path / "compile.json").read_text())] == ["dense", "target"]
 
 
 def test_targets_are_met_and_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
     words = ["--arch", "digits", "--image-size=8", "--steps=12", f"--out={tmp_path / 'targets.json'}"]
     monkeypatch.setattr(sys, "argv", ["targets.py", *words, "--compressions", "20", "--macs", "4"])
     targets.main()
-    by_weights, by_macs = lean_step.read(tmp_path / "targets.json")
+    by_weights, by_macs = json.loads((tmp_path / "targets.json").read_text())
     weights = 40_208  # of the five kernels
     assert by_weights["achieved"] == pytest.approx(weights / math.floor(weights / 20), rel=1e-6)
     assert by_macs["achieved"] == pytest.approx(4, rel=0.01)
@@ -141,13 +152,15 @@ def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_pa
         str(tmp_path / "my runs"),
         "--options=--ltp.leak=0",
         "--options=--tensorboard",
+        "--options=--seed=7",
     ]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *words])
     seeds.main()
     written = json.loads((tmp_path / "my runs" / "digits.json").read_text())
     assert written["mean"]["top1"] == 50.0
     assert shlex.split(written["command"]) == ["python", "-m", "experiments.benchmarks.seeds", *words]
-    assert commands[0][-2:] == ["--ltp.leak=0", "--tensorboard"]
+    of_the_run = ["--seed", "3", "--workdir", str(tmp_path / "my runs" / "digits-3")]  # whatever else is asked for
+    assert commands[0][3:] == ["--ltp.leak=0", "--tensorboard", "--seed=7", *of_the_run]
 
 
 def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):

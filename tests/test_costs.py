@@ -84,6 +84,7 @@ SHARED = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
     ("layer", "shape"),
     [
         (nn.ConvTranspose(4, (2, 2), strides=(2, 2)), (2, 4, 4, 3)),
+        (nn.Conv(4, (2, 2), input_dilation=2, padding=1), (2, 4, 4, 3)),
         (nn.ConvLocal(4, (2, 2)), (2, 4, 4, 3)),
         (nn.Einsum((4, 3), "bij,ij->bij"), (2, 4, 3)),
         (nn.DenseGeneral(3, batch_dims=(0,)), (2, 4, 3)),

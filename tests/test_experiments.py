@@ -22,11 +22,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from experiments import report
 from experiments import run as runs
-from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record, write_json
+from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record, to_json, write_json
 from experiments.console import MetricsWriter, RunError, run_command
 from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
 from experiments.fashion_mnist import PRESETS
+from experiments.imagenet import PRESETS as PRESETS_OF_IMAGENET
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.trail import Entry, Trail, TrailError, restore_network, save_network
@@ -225,6 +226,7 @@ def test_tensorboard_is_told_from_which_step_a_stage_goes_on(tmp_path, first):
 
 def test_a_damaged_dense_network_is_told_with_the_remedy(finished, tmp_path):
     shutil.copytree(finished / "dense", tmp_path / "dense")
+    write_json(tmp_path / "config.json", to_json(tiny(tmp_path)))
     for path in (tmp_path / "dense").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(TrailError, match=f"dense cannot be read: it is damaged.*; remove {tmp_path / 'dense'}, and"):
@@ -378,6 +380,7 @@ def test_dense_network_with_a_tensor_that_cannot_be_pruned_is_refused(finished, 
     with pytest.raises(ConfigError, match=message):
         start(tiny(tmp_path / "run", dense=tmp_path / "given" / "dense"))
     assert not (tmp_path / "run").exists()
+    write_json(tmp_path / "given" / "config.json", to_json(tiny(tmp_path / "given")))
     with pytest.raises(ConfigError, match=message):  # as if it had been trained there
         start(tiny(tmp_path / "given"))
     assert not (tmp_path / "given" / "trail").exists()
@@ -414,17 +417,43 @@ def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
         (LtpConfig(penalty=8.0), {"prune": 0.1, "select": 0.9}, {"ramp": 0.1}),
     ):
         config = tiny(tmp_path / str(ltp.penalty), ltp=ltp)
-        record(config)
+        (config.workdir / "trail" / "0").mkdir(parents=True)
+        write_json(config.workdir / "config.json", to_json(config))
         record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **idle)))
         with pytest.raises(ConfigError, match=f"--ltp.{next(iter(used))} was"):
             record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)))
 
 
-def test_broken_configuration_file_is_said(tmp_path):
-    for text in ("{", "[1]"):
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_a_run_is_not_gone_on_with_where_its_options_are_not_known(tmp_path, text):
+    if text is not None:
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"config.json is no record of a run"):
-            record(tiny(tmp_path))
+    (tmp_path / "resume" / "39").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds what a run saved, but no record of its options .* choose another"):
+        record(tiny(tmp_path))
+    (tmp_path / "resume" / "39").rename(tmp_path / "resume" / ".DS_Store")  # nothing of a run
+    record(tiny(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+def test_options_may_change_as_long_as_nothing_was_saved(tmp_path):
+    record(tiny(tmp_path))
+    record(tiny(tmp_path, seed=1))
+    (tmp_path / "pretrain" / "11").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="--seed was 1, is 2"):
+        record(tiny(tmp_path, seed=2))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with(tmp_path):
+    config = dataclasses.replace(PRESETS_OF_IMAGENET["resnet50"], workdir=tmp_path, pretrained=Path("a.npz"))
+    record(config, weights="1a")
+    (tmp_path / "dense").mkdir()
+    moved = dataclasses.replace(config, pretrained=Path("elsewhere/a.npz"))
+    record(moved, weights="1a")
+    with pytest.raises(ConfigError, match="holds a run with other options: --pretrained has other weights now"):
+        record(moved, weights="2b")
+    assert json.loads((tmp_path / "config.json").read_text()) == to_json(moved) | {"weights": "1a"}
 
 
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):
@@ -448,6 +477,18 @@ def test_two_runs_do_not_write_to_one_directory(finished, tmp_path):
         start(tiny(tmp_path / "file", dense=finished / "dense"))
 
 
+def test_published_weights_that_cannot_be_pruned_are_not_kept(finished, tmp_path):
+    network = restore_network(finished / "dense")
+    broken = {**network["params"], "head": jax.tree.map(lambda w: w * np.nan, network["params"]["head"])}
+    begin = runs.Start(lambda: network | {"params": broken}, trained=True)
+    with pytest.raises(ConfigError, match=r"^the dense network cannot be pruned: head/kernel has a temperature of nan"):
+        runs.run(tiny(tmp_path), models.create("digits"), digits(), begin)
+    assert not (tmp_path / "dense").exists()
+    # With others the same directory will do, whatever the options are.
+    trail = runs.run(tiny(tmp_path, seed=1), models.create("digits"), digits(), begin._replace(network=lambda: network))
+    assert trail.epochs == (0, 1, 2)
+
+
 def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path):
     config = tiny(tmp_path / "run", pretrain=TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1))
     begin = runs.Start(lambda: pytest.fail("was asked"), trained=False)
@@ -462,6 +503,10 @@ def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path)
         (
             {"train": TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1)},
             "--train.batch-size is 5000; digits has",
+        ),
+        (
+            {"train": TrainConfig(epochs=10**11, batch_size=96, learning_rate=0.1)},
+            "--train.epochs is 100000000000; accepted is at most 1[0-9]{8}, of 2.31 steps",
         ),
         ({"mesh": MeshConfig(fsdp=3)}, "--mesh.fsdp"),
         ({"ltp": LtpConfig(target_compression=1e5)}, "the target of --ltp cannot be met.*fewer than one weight"),
@@ -486,6 +531,10 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--workdir", "gs://bucket/run"], "^--workdir is gs:/bucket/run; accepted is a path of this machine"),
         (["--dense=gs://bucket/dense"], "^--dense is gs:/bucket/dense; accepted is a path of this machine"),
         (["--data-dir=s3://bucket"], "^--data-dir is s3://bucket; accepted is a path of this machine"),
+        (["--workdir=/a/[b]/c"], r"^--workdir is /a/\[b\]/c; accepted is a path without"),
+        (["--dense=/a?"], r"^--dense is /a\?; accepted is a path without"),
+        (["--workdir=~nobody-of-that-name/a"], "^a path that begins with ~ has no meaning here"),
+        (["--distributed.heartbeat-timeout=9999999"], "heartbeat-timeout is 9999999; accepted is 1 to 604800 seconds"),
         (["--ltp.penalty", "3", "--ltp.target-macs=2"], "--ltp.penalty and --ltp.target-macs exclude each other"),
         *(
             ([f"{flag}={value}"], f"^{flag} is {re.escape(value)}; accepted is more than [01], and finite")
@@ -531,6 +580,12 @@ def test_unknown_words_are_refused_with_the_accepted_ones(words, message, capsys
         parse(PRESETS, "", words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    config = parse(PRESETS, "", ["--workdir=~/run", "--dense=~/other/dense"])
+    assert (config.workdir, config.dense) == (Path("/home/of/somebody/run"), Path("/home/of/somebody/other/dense"))
 
 
 def test_network_decides_the_defaults():
@@ -635,6 +690,57 @@ def test_batch_that_devices_cannot_share_is_refused(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.strip() == "error: --train.batch-size is 100; accepted are multiples of the 8 devices"
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
+    """Ctrl-C in a step, whose computation goes on in the background, or in a callback that cannot be interrupted."""
+    code = (
+        "import gc, os, signal, sys, time\n"
+        "from experiments import digits\n"
+        "from experiments.console import run_command\n"
+        "from experiments.data.in_memory import InMemoryDataset\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "train = InMemoryDataset.train\n"
+        "def interrupt(*args):\n"
+        "    gc.callbacks.clear()\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "def interrupted(*args, **options):\n"
+        "    for i, batch in enumerate(train(*args, **options)):\n"
+        "        if i == 3:\n"
+        f"            gc.callbacks.append(interrupt) if {swallowed} else interrupt()\n"
+        "            gc.collect()\n"
+        "        yield batch\n"
+        "InMemoryDataset.train = interrupted\n"
+        "run_command(digits.main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--pretrain.epochs=1000"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "error: interrupted; the same command goes on from the last saved state\n"
+
+
+def test_a_terminal_without_the_signs_gets_others(finished):
+    done = command(
+        *[
+            "--workdir",
+            finished,
+            "--tensorboard",
+            *TINY,
+            *TO_PENALTY,
+            "--train.weight-decay=1e-4",
+            "--pretrain.weight-decay=0",
+        ],
+        PYTHONIOENCODING="ascii",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1.00?" in done.stdout
 
 
 def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):

@@ -165,6 +165,21 @@ def test_an_address_is_no_path(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pattern_is_no_path(tmp_path, monkeypatch):
+    """Orbax writes there, and later looks for it among the paths that the pattern fits."""
+    (tmp_path / "[a]").mkdir()
+    monkeypatch.chdir(tmp_path / "[a]")
+    for opened in (
+        lambda: Trail("run", create=True),
+        lambda: Resume(tmp_path / "run?"),
+        lambda: save_network(tmp_path / "*" / "network", PARAMS, STATS),
+        lambda: restore_network("network"),
+    ):
+        with pytest.raises(TrailError, match=r"(\[a\]/run|run\?|\*/network|network) is a pattern to Orbax; accepted"):
+            opened()
+    assert [path.name for path in tmp_path.rglob("*")] == ["[a]"]
+
+
 @pytest.mark.parametrize(
     ("request_", "nearest"),
     [

@@ -1,6 +1,7 @@
 """The thresholds' own optimizer, the training step, and the evaluation step."""
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import networks
@@ -328,6 +329,28 @@ def test_what_an_nnx_network_sowed_before_the_split_is_refused():
         nnx_apply(graphdef)(params, rest, jnp.ones((4, 3)), train=True, key=None)
 
 
+class Counted(nnx.Variable):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("called_before", [False, True])
+def test_what_an_nnx_network_adds_to_its_state_is_refused(called_before):
+    class Adding(Sowing):
+        def __call__(self, x):
+            self.sow(Counted, "sown", x)
+            return super().__call__(x)
+
+    model = Adding(nnx.Rngs(0))
+    if called_before:
+        model(jnp.ones((4, 3)))
+        nnx.pop(model, nnx.Intermediate)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    added = "sown/value/1" if called_before else "sown/value/0"
+    with pytest.raises(ValueError, match=f"^a call of the network adds or drops {added}, of which the split does not"):
+        nnx_apply(graphdef)(params, rest, jnp.ones((4, 3)), train=True, key=None)
+
+
 def test_an_nnx_network_that_is_trained_in_part_keeps_the_rest():
     model = networks.NnxNet(nnx.Rngs(0))
     graphdef, params, rest = nnx.split(model, nnx.All(nnx.Param, nnx.PathContains("head")), ...)
@@ -344,6 +367,29 @@ def test_an_nnx_network_that_is_trained_in_part_keeps_the_rest():
     for path, leaf in frozen.items():
         np.testing.assert_array_equal(after[path], leaf)
     assert np.count_nonzero(state.params["head"]["kernel"][...]) == np.size(params["head"]["kernel"][...]) // 4
+
+
+def test_batch_statistics_stay_the_kind_of_dict_that_they_are(variables):
+    apply, images = linen_apply(networks.LinenNet()), networks.batch()["image"]
+    flax.config.update("flax_return_frozendict", True)
+    try:
+        _, averages = apply(variables["params"], variables["batch_stats"], images, train=True, key=jax.random.key(0))
+    finally:
+        flax.config.update("flax_return_frozendict", False)
+    assert jax.tree.structure(averages) == jax.tree.structure(variables["batch_stats"])
+
+
+def test_what_cannot_be_trained_is_no_parameter(variables):
+    params = variables["params"] | {"number": jnp.zeros(3, jnp.int32)}
+    with pytest.raises(ValueError, match=r"^number is of int32, which cannot be trained; .* belongs into batch_stats"):
+        create_state(params, {}, optax.sgd(0.1), pruners.dense(), jax.random.key(0))
+
+
+def test_a_plan_that_prunes_nothing_has_no_thresholds_to_learn(variables):
+    with pytest.warns(UserWarning, match="the plan prunes no tensor"):
+        plan = ltp.plan(variables["params"], [ltp.Rule(".*", prune=False)])
+    with pytest.raises(ValueError, match=r"^the plan prunes no tensor: there is no threshold to learn"):
+        pruners.learned_thresholds(plan, lambda step: 1.0, optax.adam(0.1), learn_steps=1)
 
 
 def test_thresholds_of_half_precision_weights_are_not_learned(variables):

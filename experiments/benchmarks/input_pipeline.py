@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.config import ConfigError, require, require_local, write_whole
+from experiments.config import ConfigError, read_options, require, require_local, require_writable, write_whole
 from experiments.console import run_command
 from experiments.data import photographs
 from experiments.data.tfds_source import Example, open_split
@@ -81,8 +80,8 @@ class Options:
 
 def main() -> None:
     """Measures, prints a table, writes the raw results."""
-    options = tyro.cli(Options, prog="python -m experiments.benchmarks.input_pipeline", description=__doc__)
-    options.check()
+    options = read_options(Options, prog="python -m experiments.benchmarks.input_pipeline", description=__doc__)
+    require_writable("--out", options.out)
     console = Console()
     if not _has_tensorflow():
         console.print("TensorFlow is not installed, so there is nothing to compare with: the loader is measured alone.")
@@ -103,7 +102,7 @@ def main() -> None:
         if options.workers:
             console.print(_scaling_table(measured))
     write_whole(options.out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    console.print(f"Raw results: {options.out}")
+    console.print(f"Raw results: {options.out}", markup=False)
 
 
 def _measure(examples: Sequence[Example], folder: Path, options: Options) -> dict[str, Any]:

@@ -25,7 +25,17 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import ConfigError, LtpConfig, TrainConfig, require, require_any, require_local, write_whole
+from experiments.config import (
+    ConfigError,
+    LtpConfig,
+    TrainConfig,
+    read_options,
+    require,
+    require_any,
+    require_local,
+    require_writable,
+    write_whole,
+)
 from experiments.console import run_command
 from experiments.data.photographs import usable_cores
 from experiments.dry_run import IMAGENET_TRAIN_SIZE
@@ -40,6 +50,8 @@ METHODS = {
     "beginning": LtpConfig(target_compression=10.0),  # what makes the state before the first step to a target
 }
 COMPARED = ("dense", "penalty", "target")
+COMPILE_KEYS = ("arch", "method", "topology", "images_per_chip", "flops", "bytes_accessed", "peak_bytes", "collectives")
+TIME_KEYS = ("arch", "seconds", "median_seconds", "ratio_to_dense")
 PAPER = ("resnet50", "alexnet", "mobilenet_v2", "efficientnet_b0", "mixnet_s")
 
 
@@ -138,7 +150,7 @@ def run_compile(options: Compile) -> None:
                 "topology": options.topology,
                 "images_per_chip": options.images_per_chip,
             }
-            if any(all(old.get(key) == value for key, value in row.items()) for old in read(options.out)):
+            if any(all(old.get(key) == value for key, value in row.items()) for old in read(options.out, COMPILE_KEYS)):
                 print(f"{arch} {method}: is in {options.out}", flush=True)
                 continue
             size = models.spec(arch).input_size
@@ -155,9 +167,9 @@ def run_compile(options: Compile) -> None:
             except CompileError as error:
                 print(f"{arch} {method}: {error}", flush=True)
                 continue
-            rows = read(options.out)  # another start of this benchmark may have added to it
+            rows = read(options.out, COMPILE_KEYS)  # another start of this benchmark may have added to it
             write(options.out, [*rows, row | {"image_size": size, "jax": jax.__version__} | figures])
-            print(compile_table([r for r in read(options.out) if r["arch"] == arch]), flush=True)
+            print(compile_table([r for r in read(options.out, COMPILE_KEYS) if r["arch"] == arch]), flush=True)
 
 
 def compile_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -183,7 +195,7 @@ def compile_table(rows: Sequence[dict[str, Any]]) -> str:
 def run_time(options: Time) -> None:
     """Times steps in turns, so that whatever else the machine does falls on all of them."""
     size = options.image_size or models.spec(options.arch).input_size
-    earlier = read(options.out)
+    earlier = read(options.out, TIME_KEYS)
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     running: dict[str, tuple[Any, Any, Any]] = {}
@@ -242,13 +254,16 @@ def _fill(shapes: Any, rng: np.random.Generator) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a result file; none if it is not there. Raises ConfigError if it is no such file."""
+def read(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a result file; none if it is not there. Raises ConfigError if it has others than of these keys."""
     try:
         rows = json.loads(path.read_text()) if path.exists() else []
         if not isinstance(rows, list):
             raise ValueError("it is no list")
-        return [dict(row) for row in rows]
+        rows = [dict(row) for row in rows]
+        if lacking := sorted({key for row in rows for key in keys if key not in row}):
+            raise ValueError(f"a row lacks {', '.join(lacking)}")
+        return rows
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--out is {path}, which holds no results of this benchmark ({error})") from error
 
@@ -259,12 +274,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    options = tyro.cli(
-        Annotated[Compile, tyro.conf.subcommand("compile")] | Annotated[Time, tyro.conf.subcommand("time")],
-        prog="python -m experiments.benchmarks.lean_step",
-        description=__doc__,
-    )
-    options.check()
+    kinds: Any = Annotated[Compile, tyro.conf.subcommand("compile")] | Annotated[Time, tyro.conf.subcommand("time")]
+    options = read_options(kinds, prog="python -m experiments.benchmarks.lean_step", description=__doc__)
+    require_writable("--out", options.out)
     run_compile(options) if isinstance(options, Compile) else run_time(options)
 
 

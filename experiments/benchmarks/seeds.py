@@ -14,7 +14,14 @@ from typing import Literal
 
 import tyro
 
-from experiments.config import require_local, require_seeds, write_json
+from experiments.config import (
+    read_options,
+    require_local,
+    require_no_pattern,
+    require_seeds,
+    require_writable,
+    write_json,
+)
 from experiments.console import RunError, run_command
 from ltp_jax.trail import Trail, TrailError
 
@@ -41,16 +48,18 @@ class Seeds:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "workdir", "out")
+        require_no_pattern("--workdir", self.workdir)
         require_seeds("--seeds", self.seeds)
 
 
 def main() -> None:
-    config = tyro.cli(Seeds, prog=PROG, description=__doc__)
-    config.check()
+    config = read_options(Seeds, prog=PROG, description=__doc__)
+    out = config.out or config.workdir / f"{config.experiment}.json"
+    require_writable("--out", out)
     runs = []
     for seed in config.seeds:
         workdir = config.workdir / f"{config.experiment}-{seed}"
-        words = ["--seed", str(seed), "--workdir", str(workdir), *config.options]
+        words = [*config.options, "--seed", str(seed), "--workdir", str(workdir)]  # the last of an option counts
         done = subprocess.run([sys.executable, "-m", f"experiments.{config.experiment}", *words], check=False)
         if done.returncode:
             raise RunError(f"the run with seed {seed} ended with code {done.returncode}; its message stands above")
@@ -71,7 +80,6 @@ def main() -> None:
     mean = {name: statistics.mean(p[name] for p in picked) for name in ("compression", "top1", "drop")} | {
         "largest_gap": max(run["largest_gap"] for run in runs)
     }
-    out = config.out or config.workdir / f"{config.experiment}.json"
     command = " ".join([PROG, *map(shlex.quote, sys.argv[1:])])
     write_json(out, {"command": command, "mean": mean, "runs": runs})
     for run, p in zip(runs, picked, strict=True):

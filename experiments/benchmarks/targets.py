@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import ltp_jax as ltp
 from experiments.benchmarks.lean_step import PAPER, check_arch, read, write
@@ -25,10 +24,13 @@ from experiments.config import (
     ConfigError,
     LtpConfig,
     TrainConfig,
+    read_options,
     require,
     require_any,
     require_compressions,
     require_local,
+    require_seeds,
+    require_writable,
 )
 from experiments.console import run_command
 from ltp_jax import models
@@ -37,6 +39,8 @@ from ltp_jax.target import planned_density
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
 IMAGES = 64  # that are learned by heart
+KEYS = ("arch", "of", "target", "achieved", "off_target", "largest_factor_off_plan", "fewest_weights_of_a_layer")
+"""What a row tells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Targets:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require_local(self, "out")
+        require_seeds("--seed", (self.seed,))
         require_any("--arch", self.arch)
         for arch in self.arch:
             check_arch(arch)
@@ -116,19 +121,19 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
 
 
 def main() -> None:
-    options = tyro.cli(Targets, prog="python -m experiments.benchmarks.targets", description=__doc__)
-    options.check()
-    read(options.out)  # a file of something else is refused before anything is run
+    options = read_options(Targets, prog="python -m experiments.benchmarks.targets", description=__doc__)
+    require_writable("--out", options.out)
+    read(options.out, KEYS)  # a file of something else is refused before anything is run
     targets = [("weights", compression) for compression in options.compressions]
     targets += [("MACs", compression) for compression in options.macs]
     for arch in options.arch:
         for of, compression in targets:
             settings = {name: getattr(options, name) for name in ("steps", "image_size", "batch_size", "seed")}
             row = {"arch": arch, "of": of, "target": compression} | settings
-            done = next((old for old in read(options.out) if row.items() <= old.items()), None)
+            done = next((old for old in read(options.out, KEYS) if row.items() <= old.items()), None)
             if done is None:
                 done = row | run(arch, of, compression, options)
-                write(options.out, [*read(options.out), done])  # another start of this may have added to it
+                write(options.out, [*read(options.out, KEYS), done])  # another start of this may have added to it
             print(
                 f"{arch}, {compression:g}× fewer {of}: {done['achieved']:.4f}× ({done['off_target']:+.4%}), on the "
                 f"way off the plan by up to {done['largest_factor_off_plan'] - 1:.1%}, at least "
