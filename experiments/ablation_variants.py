@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 import ltp_jax as ltp
 from experiments.baselines import gradual_magnitude
 from experiments.harness import Network
-from ltp_jax.pruner import Pruner, learned_thresholds
+from ltp_jax.penalty import learned_thresholds
+from ltp_jax.pruner import Pruner
 from ltp_jax.selection import map_selected
 from ltp_jax.target import target_density
 

@@ -52,7 +52,7 @@ def read_cell(path: Path, keys: Sequence[str] = KEYS) -> Cell:
     """A run. Raises ConfigError if the file is no such thing, or lacks one of the keys."""
     try:
         cell = dict(json.loads(path.read_text()))
-        if lacking := [key for key in keys if cell.get(key) is None and (key != "compression" or key not in cell)]:
+        if lacking := [key for key in keys if key not in cell]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no record of a run ({error}); remove it, and it is run again") from error

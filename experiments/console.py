@@ -187,6 +187,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             log.info("%s", notice)
         else:  # asked before the log has begun, or of a command that has none
             print(notice, file=sys.stderr)
+        if jax.distributed.is_initialized():
+            sys.exit(START_AGAIN)  # together: the first process must not leave while others are still saving
         end_at_once(START_AGAIN)
     except (ConfigError, DataError, TrailError, RunError, OSError) as error:
         message, code = explain(error)

@@ -58,7 +58,7 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
             if key is not None:
                 streams = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream))
                 names = sorted({stream.tag for stream in streams})
-                keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+                keys: dict[str, Any] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
                 nnx.reseed(model, policy="match_shape", **keys)
         else:
             model.eval()

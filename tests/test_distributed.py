@@ -1,16 +1,19 @@
 """How a process is told of the others of its job: options, requests to stop, and errors that mean a lost one."""
 
-import os
 import signal
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 from experiments import distributed
 from experiments.config import ConfigError, DistributedConfig
-from experiments.console import explain, log, run_command
+from experiments.console import explain, run_command
 from ltp_jax.trail import TrailError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
@@ -67,18 +70,23 @@ def test_process_that_is_alone_has_none_to_lose():
     assert distributed.lost_process(jax.errors.JaxRuntimeError(LOST[0])) is None
 
 
-def test_request_to_stop_a_command_is_a_message_and_start_again(monkeypatch, capsys):
-    monkeypatch.setattr(log, "handlers", [])
-    before = signal.getsignal(signal.SIGTERM)
-
-    def main():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-    with pytest.raises(SystemExit) as stop:
-        run_command(main)
-    assert stop.value.code == distributed.START_AGAIN
-    assert capsys.readouterr().err == (
-        "asked to stop: what was saved is whole, and the same command goes on from there\n"
+def test_request_to_stop_a_command_is_a_message_and_start_again():
+    code = (
+        "import os, signal, time\n"
+        "from experiments.console import run_command\n"
+        "def main():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "run_command(main)\n"
     )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == distributed.START_AGAIN
+    assert done.stderr == "asked to stop: what was saved is whole, and the same command goes on from there\n"
+
+
+def test_requests_to_stop_are_no_longer_taken_behind_a_command():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: None)
+    assert stop.value.code == 0
     assert signal.getsignal(signal.SIGTERM) == before

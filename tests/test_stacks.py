@@ -15,7 +15,7 @@ import ltp_jax as ltp
 from ltp_jax import method
 from ltp_jax.adapters import linen_apply, nnx_apply
 from ltp_jax.density import measure
-from ltp_jax.pruner import learned_thresholds
+from ltp_jax.penalty import learned_thresholds
 from ltp_jax.target import target_density
 from ltp_jax.trail import Entry
 from ltp_jax.training import create_state, cross_entropy, make_train_step

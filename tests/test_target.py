@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import ltp_jax as ltp
 from ltp_jax import pruner as pruners
 from ltp_jax import target
+from ltp_jax.penalty import learned_thresholds
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
 SIZES = {"one/kernel": (16, 40), "two/kernel": (40, 24), "head/kernel": (24, 4)}
@@ -337,7 +338,7 @@ def test_a_pruned_network_is_pruned_further(leak):
 
 def test_zeros_stay_zero_on_the_way_to_a_penalty():
     params = {"kernel": jnp.array([[0.0, -1.0], [3.0, -3.0]])}
-    pruner = pruners.learned_thresholds(ltp.plan(params), lambda step: 0.0, optax.sgd(0.1), learn_steps=9)
+    pruner = learned_thresholds(ltp.plan(params), lambda step: 0.0, optax.sgd(0.1), learn_steps=9)
     moved, _ = pruner.update(
         {"kernel": jnp.float32(0)}, params, {"kernel": params["kernel"] + 1}, pruner.init(params), 0
     )
@@ -481,7 +482,7 @@ def test_costs_that_are_none_are_refused(costs):
     with pytest.raises(ValueError, match=refused):
         target.target_density(plan, 0.5, prune_steps=1, select_steps=2, costs=costs)
     with pytest.raises(ValueError, match=refused):
-        pruners.learned_thresholds(plan, lambda step: 1.0, optax.sgd(0.1), learn_steps=1, costs=costs)
+        learned_thresholds(plan, lambda step: 1.0, optax.sgd(0.1), learn_steps=1, costs=costs)
 
 
 def test_a_plan_that_prunes_nothing_is_refused():
@@ -499,7 +500,7 @@ def test_half_precision_is_refused():
 
 def test_a_penalty_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"the penalty is 20.0; accepted is a function of the step"):
-        pruners.learned_thresholds(ltp.plan(initial_params()), 20.0, optax.sgd(0.1), learn_steps=1)
+        learned_thresholds(ltp.plan(initial_params()), 20.0, optax.sgd(0.1), learn_steps=1)
 
 
 def test_offsets_move_by_adam_at_a_rate_of_3e_4_if_nothing_is_said():

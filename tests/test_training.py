@@ -14,6 +14,7 @@ from flax.core import freeze
 import ltp_jax as ltp
 from ltp_jax import pruner as pruners
 from ltp_jax.adapters import linen_apply, nnx_apply
+from ltp_jax.penalty import LearnedThresholdState, learned_thresholds, step_thresholds
 from ltp_jax.target import target_density
 from ltp_jax.training import create_state, cross_entropy, make_eval_step, make_train_step
 
@@ -23,38 +24,36 @@ W = {"kernel": jnp.array([[1.0, -1.0], [3.0, -3.0]])}
 
 def threshold_state(optimizer, tau, params=W, t0=1e-3):
     prune = ltp.init(params, ltp.plan(params), t0)
-    return pruners.LearnedThresholdState(
-        prune.replace(thresholds={"kernel": jnp.float32(tau)}), optimizer.init(jnp.zeros(1))
-    )
+    return LearnedThresholdState(prune.replace(thresholds={"kernel": jnp.float32(tau)}), optimizer.init(jnp.zeros(1)))
 
 
 def test_step_of_a_threshold_by_hand():
     optimizer = optax.sgd(0.1)
     # r = 0.5, ∂L/∂r = ∂L/∂τ · 2 r = 2, r' = 0.5 − 0.2, τ' = 0.09.
-    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
     np.testing.assert_allclose(state.thresholds["kernel"], 0.09, rtol=1e-5)
 
 
 def test_first_step_of_a_threshold_by_hand():
     # From r = 0 the derivative is that at a hundredth, ∂L/∂r = −2 · 2 · 0.01, r' = 0.004, τ' = 1.6e-5.
     optimizer = optax.sgd(0.1)
-    state = pruners.step_thresholds({"kernel": jnp.float32(-2.0)}, threshold_state(optimizer, 0.0), optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(-2.0)}, threshold_state(optimizer, 0.0), optimizer, 1e-3)
     np.testing.assert_allclose(state.thresholds["kernel"], 1.6e-5, rtol=1e-4)
 
 
 def test_the_optimizer_of_thresholds_is_told_where_they_are():
     # As prodigy and others need it, in units of the spread: r = 0.5, and decay adds half of it to ∂L/∂r = 2.
     optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
-    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
     np.testing.assert_allclose(state.thresholds["kernel"], (0.5 - 0.1 * 2.25) ** 2, rtol=1e-5)
 
 
 def test_threshold_stays_in_its_valid_range():
     optimizer = optax.sgd(10.0)
-    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
     assert state.thresholds["kernel"] == 0
     # From zero it can rise again: the gradient does not vanish there.
-    state = pruners.step_thresholds({"kernel": jnp.float32(-2.0)}, state, optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(-2.0)}, state, optimizer, 1e-3)
     assert state.thresholds["kernel"] > 0
 
 
@@ -62,15 +61,15 @@ def test_step_of_a_threshold_is_free_of_scale():
     optimizer = optax.sgd(0.1)
     scaled = {"kernel": 8 * W["kernel"]}
     # The loss does not depend on the scale of the layer: ∂L/∂τ falls as 1/scale².
-    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
-    other = pruners.step_thresholds(
+    state = step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    other = step_thresholds(
         {"kernel": jnp.float32(2.0 / 64)}, threshold_state(optimizer, 0.25 * 64, scaled), optimizer, 1e-3
     )
     np.testing.assert_allclose(other.thresholds["kernel"], 64 * state.thresholds["kernel"], rtol=1e-5)
 
 
 def make(params, *, penalty=0.0, learn_steps=100, weights=None, batch_stats=None, thresholds=None, **options):
-    pruner = pruners.learned_thresholds(
+    pruner = learned_thresholds(
         ltp.plan(params),
         optax.constant_schedule(penalty),
         thresholds or optax.sgd(0.1),
@@ -151,7 +150,7 @@ def test_loss_and_penalty_are_what_they_say(variables):
 def test_the_penalty_is_that_of_the_step():
     # Next to nothing is soft at this temperature: the density is 1, and the penalty what its schedule says.
     ramp = optax.linear_schedule(0.0, 8.0, 4)
-    pruner = pruners.learned_thresholds(ltp.plan(W), ramp, optax.sgd(0.1), learn_steps=9, t0=1e-3)
+    pruner = learned_thresholds(ltp.plan(W), ramp, optax.sgd(0.1), learn_steps=9, t0=1e-3)
     state = pruner.init(W)
     penalties = [pruner.soften(W, state.thresholds, state, jnp.int32(step))[1] for step in (0, 1, 3, 7)]
     np.testing.assert_allclose(penalties, [0, 2, 6, 8], rtol=1e-5)
@@ -389,12 +388,12 @@ def test_a_plan_that_prunes_nothing_has_no_thresholds_to_learn(variables):
     with pytest.warns(UserWarning, match="the plan prunes no tensor"):
         plan = ltp.plan(variables["params"], [ltp.Rule(".*", prune=False)])
     with pytest.raises(ValueError, match=r"^the plan prunes no tensor: there is no threshold to learn"):
-        pruners.learned_thresholds(plan, lambda step: 1.0, optax.adam(0.1), learn_steps=1)
+        learned_thresholds(plan, lambda step: 1.0, optax.adam(0.1), learn_steps=1)
 
 
 def test_thresholds_of_half_precision_weights_are_not_learned(variables):
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), variables["params"])
-    pruner = pruners.learned_thresholds(ltp.plan(half), lambda step: 1.0, optax.sgd(0.1), learn_steps=2)
+    pruner = learned_thresholds(ltp.plan(half), lambda step: 1.0, optax.sgd(0.1), learn_steps=2)
     with pytest.raises(ValueError, match="of bfloat16; to be trained with a threshold weights have to be float32"):
         pruner.init(half)
 
@@ -409,7 +408,7 @@ def test_strict_promotion_of_dtypes(variables, to_target):
             sgd = optax.sgd(1e-3)  # Adam, the default, promotes
             pruner = target_density(plan, 0.3, prune_steps=2, select_steps=3, leak=0.3, optimizer=sgd)
         else:
-            pruner = pruners.learned_thresholds(plan, lambda step: jnp.float32(1), optax.sgd(0.1), learn_steps=2)
+            pruner = learned_thresholds(plan, lambda step: jnp.float32(1), optax.sgd(0.1), learn_steps=2)
         apply, optimizer = linen_apply(networks.LinenNet()), optax.sgd(0.1)
         step = jax.jit(make_train_step(apply, optimizer, pruner, cross_entropy()))
         state = create_state(params, variables["batch_stats"], optimizer, pruner, jax.random.key(0))
@@ -428,21 +427,21 @@ def test_strict_promotion_of_dtypes(variables, to_target):
 def test_one_bad_gradient_moves_no_threshold(bad):
     # Momentum alone moves it: r = 0.5 − 0.1 · 2, then − 0.1 · 0.9 · 2.
     optimizer = optax.sgd(0.1, momentum=0.9)
-    state = pruners.step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
-    state = pruners.step_thresholds({"kernel": jnp.float32(bad)}, state, optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(2.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(bad)}, state, optimizer, 1e-3)
     np.testing.assert_allclose(state.thresholds["kernel"], (0.5 - 0.2 - 0.18) ** 2, rtol=1e-5)
 
 
 def test_an_optimizer_that_divides_by_a_gradient_of_zero_moves_no_threshold():
     optimizer = optax.stateless(lambda grads, params: -0.1 * grads / jnp.abs(grads))
-    state = pruners.step_thresholds({"kernel": jnp.float32(0.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
+    state = step_thresholds({"kernel": jnp.float32(0.0)}, threshold_state(optimizer, 0.25), optimizer, 1e-3)
     np.testing.assert_allclose(state.thresholds["kernel"], 0.25, rtol=1e-6)
 
 
 def test_a_threshold_below_zero_is_one_of_zero():
     optimizer = optax.sgd(0.1)
     below, zero = (
-        pruners.step_thresholds({"kernel": jnp.float32(-2.0)}, threshold_state(optimizer, tau), optimizer, 1e-3)
+        step_thresholds({"kernel": jnp.float32(-2.0)}, threshold_state(optimizer, tau), optimizer, 1e-3)
         for tau in (-1e-3, 0.0)
     )
     assert below.thresholds["kernel"] == zero.thresholds["kernel"] > 0
@@ -465,7 +464,7 @@ def test_linen_and_nnx_train_alike(variables):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def train(apply, params, rest):
-        pruner = pruners.learned_thresholds(
+        pruner = learned_thresholds(
             ltp.plan(params), optax.constant_schedule(1.0), optax.sgd(0.1), learn_steps=10, t0=0.05
         )
         optimizer = optax.sgd(0.1)

@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import ltp_jax as ltp
+from ltp_jax.penalty import learned_thresholds
 from ltp_jax.trail import Entry
 
 KERNELS = {"conv/kernel": 3 * 3 * 3 * 8, "depthwise/kernel": 3 * 3 * 8, "head/kernel": 40}
@@ -226,7 +227,7 @@ def test_gradients_are_asked_for_by_name(params, state, option):
     g, path, t = jax.random.normal(jax.random.key(0), (3, 3, 3, 8)), "conv/kernel", 0.1
     costs = {"conv/kernel": 3.0, "depthwise/kernel": 1.0, "head/kernel": 2.0}
     total = sum(costs[path] * size for path, size in KERNELS.items())
-    pruner = ltp.pruner.learned_thresholds(
+    pruner = learned_thresholds(
         ltp.plan(params), lambda step: 5.0, optax.sgd(0.1), learn_steps=1, t0=t, costs=costs, **{option: True}
     )
     learned = pruner.init(params)

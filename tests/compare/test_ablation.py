@@ -15,7 +15,8 @@ from experiments.ablation_variants import Job, Variant
 from experiments.config import ConfigError, TrainConfig
 from experiments.data import digits
 from experiments.harness import Harness
-from ltp_jax.pruner import LearnedThresholdState, Pruner
+from ltp_jax.penalty import LearnedThresholdState
+from ltp_jax.pruner import Pruner
 from ltp_jax.target import TargetState, target_density
 from ltp_jax.transform import PruneState
 
