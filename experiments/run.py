@@ -234,13 +234,13 @@ class Job:
         network = self.start.network()
         check_network(network, jax.eval_shape(self._init_network), self.config.workdir, self.config.arch)
         if self.start.trained:
+            check_weights(network["params"], ltp.plan(network["params"]), self.config.ltp)
             self._take(network, self.start.expected_top1, path)
         else:
             self._pretrain(path, network)
 
     def _take(self, network: dict[str, Any], expected_top1: float | None, path: Path) -> None:
         """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
-        check_weights(network["params"], ltp.plan(network["params"]), self.config.ltp)
         params, batch_stats = jax.device_put((network["params"], network["batch_stats"]), replicated(self.mesh))
         if expected_top1 is not None:
             (figures,) = self._evaluate(batch_stats, params)

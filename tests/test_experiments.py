@@ -27,7 +27,6 @@ from experiments.console import MetricsWriter, RunError, run_command
 from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
 from experiments.fashion_mnist import PRESETS
-from experiments.imagenet import PRESETS as PRESETS_OF_IMAGENET
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.trail import Entry, Trail, TrailError, restore_network, save_network
@@ -443,17 +442,6 @@ def test_options_may_change_as_long_as_nothing_was_saved(tmp_path):
     with pytest.raises(ConfigError, match="--seed was 1, is 2"):
         record(tiny(tmp_path, seed=2))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
-
-
-def test_a_run_goes_on_with_the_weights_that_it_began_with(tmp_path):
-    config = dataclasses.replace(PRESETS_OF_IMAGENET["resnet50"], workdir=tmp_path, pretrained=Path("a.npz"))
-    record(config, weights="1a")
-    (tmp_path / "dense").mkdir()
-    moved = dataclasses.replace(config, pretrained=Path("elsewhere/a.npz"))
-    record(moved, weights="1a")
-    with pytest.raises(ConfigError, match="holds a run with other options: --pretrained has other weights now"):
-        record(moved, weights="2b")
-    assert json.loads((tmp_path / "config.json").read_text()) == to_json(moved) | {"weights": "1a"}
 
 
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):

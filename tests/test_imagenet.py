@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from experiments import imagenet, run
-from experiments.config import ConfigError, parse, record
+from experiments.config import ConfigError, parse, record, to_json
 from experiments.data import digits
 from experiments.distributed import START_AGAIN
 from experiments.dry_run import activation_bytes
@@ -198,15 +198,18 @@ def test_a_dense_network_far_from_what_was_published_is_told(tmp_path, monkeypat
         ("imagenet2012", None, 160, None),
     ],
 )
-def test_a_network_is_held_to_what_was_published_on_the_same_images(monkeypatch, name, split, size, expected):
+def test_a_network_is_held_to_what_was_published_on_the_same_images(tmp_path, monkeypatch, name, split, size, expected):
     (settings,) = (row for row in pretrained.settings("resnet50") if row.origin == "torchvision")
     monkeypatch.setattr(pretrained, "load", lambda *args, **options: ({}, settings))
+    path = tmp_path / "weights"
+    path.write_bytes(b"abc")
     config = dataclasses.replace(
-        imagenet.PRESETS["resnet50"], pretrained=Path("w"), origin="torchvision", eval_split=split, image_size=size
+        imagenet.PRESETS["resnet50"], pretrained=path, origin="torchvision", eval_split=split, image_size=size
     )
     _, start = imagenet.read_pretrained(config)
     begin = start(dataclasses.replace(digits(), name=name, num_classes=1000))
     assert (begin.trained, begin.expected_top1) == (True, expected)
+    assert begin.digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
 
 
 def test_a_dense_network_of_unknown_origin_is_refused(tmp_path):
@@ -322,21 +325,23 @@ def test_learning_rate_grows_with_the_batch_and_is_recorded_as_typed(tmp_path):
     assert config.train.peak_learning_rate == pytest.approx(0.06)
     record(config)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["learning_rate"] == 0.03
+    (tmp_path / "dense").mkdir()
     with pytest.raises(ConfigError, match=r"--train\.learning-rate was 0\.03, is 0\.02\."):
         record(parse(imagenet.PRESETS, "", words[:-1]))
 
 
 def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
     config = dataclasses.replace(imagenet.PRESETS["resnet50"], workdir=tmp_path, pretrained=Path("a"))
-    record(config)
-    record(dataclasses.replace(config, workers=3, max_unreadable=7, dry_run_timeout=1.0))
+    record(config, weights="1a")
+    (tmp_path / "dense").mkdir()
+    record(dataclasses.replace(config, workers=3, max_unreadable=7, dry_run_timeout=1.0), weights="1a")
     moved = dataclasses.replace(config, pretrained=Path("b"))
-    with pytest.raises(ConfigError, match="--pretrained was a, is b"):
-        record(moved)
-    (tmp_path / "dense").mkdir()  # what the run took from the file is kept
-    record(moved)
+    record(moved, weights="1a")  # the same file elsewhere
+    with pytest.raises(ConfigError, match="holds a run with other options: --pretrained has other weights now"):
+        record(moved, weights="2b")
+    assert json.loads((tmp_path / "config.json").read_text()) == to_json(moved) | {"weights": "1a"}
     with pytest.raises(ConfigError, match="--origin was None, is torchvision-v2"):
-        record(dataclasses.replace(moved, origin="torchvision-v2"))
+        record(dataclasses.replace(moved, origin="torchvision-v2"), weights="1a")
 
 
 @pytest.mark.parametrize(
