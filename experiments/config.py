@@ -242,7 +242,8 @@ class Config:
         require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
         require_local(self, "workdir", "data_dir", "dense")
         require_no_pattern("--workdir", self.workdir)
-        require_no_pattern("--dense", self.dense or Path())
+        if self.dense is not None:
+            require_no_pattern("--dense", self.dense)
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()

@@ -72,7 +72,7 @@ def learned_thresholds(
     if not callable(penalty):
         raise TypeError(f"the penalty is {penalty!r}; accepted is a function of the step, as optax has them")
     unit = unit_costs(plan, costs)
-    total = sum(unit[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune) or 1
+    total = sum(unit[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune)
 
     def init(params):
         prune = transform.init(params, plan, t0)

@@ -62,10 +62,10 @@ def create_state(
       ValueError: if one of the parameters is not of floating point, and so cannot be trained; as ``pruner.init``.
     """
     for path, leaf in named_leaves(params):
-        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
-                f"{path} is of {jnp.asarray(leaf).dtype}, which cannot be trained; what is kept as it is belongs "
-                "into batch_stats"
+                f"{path} is of {dtype}, which cannot be trained; what is kept as it is belongs into batch_stats"
             )
     # The state of an optimizer may begin with the very arrays of the parameters, and that of thresholds with theirs.
     own = jax.tree.map(jnp.copy, (params, batch_stats, pruner.init(params), optimizer.init(params), key))

@@ -576,6 +576,14 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
     assert (config.workdir, config.dense) == (Path("/home/of/somebody/run"), Path("/home/of/somebody/other/dense"))
 
 
+def test_a_run_elsewhere_may_be_started_in_a_directory_that_looks_like_a_pattern(tmp_path, monkeypatch):
+    (tmp_path / "[a]").mkdir()
+    monkeypatch.chdir(tmp_path / "[a]")
+    assert parse(PRESETS, "", [f"--workdir={tmp_path}/run"]).workdir == tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"^--workdir is .*/\[a\]/run; accepted is a path without"):
+        parse(PRESETS, "", ["--workdir=run"])
+
+
 def test_network_decides_the_defaults():
     assert parse(PRESETS, "", ["--arch", "lenet5"]).workdir == PRESETS["lenet5"].workdir
     assert parse(PRESETS, "", ["--arch=lenet5"]) == PRESETS["lenet5"]
