@@ -25,8 +25,8 @@ from experiments.config import (
     ConfigError,
     TrainConfig,
     read_options,
+    require_checkpoint_path,
     require_local,
-    require_no_pattern,
     require_seeds,
     write_json,
 )
@@ -61,8 +61,8 @@ class AblationConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        require_local(self, "data_dir", "workdir", "results", "pictures")
-        require_no_pattern("--workdir", self.workdir)
+        require_local(self, "data_dir", "results", "pictures")
+        require_checkpoint_path("--workdir", self.workdir)
         if unknown := [variant for variant in self.variants if variant not in VARIANTS]:
             raise ConfigError(f"--variants has {unknown[0]!r}; accepted are {', '.join(map(repr, VARIANTS))}")
         require_seeds("--seeds", self.seeds)

@@ -35,9 +35,9 @@ from experiments.config import (
     read_options,
     require,
     require_any,
+    require_checkpoint_path,
     require_compressions,
     require_local,
-    require_no_pattern,
     require_seeds,
     write_json,
 )
@@ -143,8 +143,8 @@ class CompareConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        require_local(self, "data_dir", "workdir", "results", "pictures")
-        require_no_pattern("--workdir", self.workdir)
+        require_local(self, "data_dir", "results", "pictures")
+        require_checkpoint_path("--workdir", self.workdir)
         require_any("--methods", self.methods)
         require_compressions("--compressions", self.compressions)
         if self.epochs is not None:

@@ -14,11 +14,11 @@ import ltp_jax as ltp
 from experiments.config import ConfigError, LtpConfig, TrainConfig
 from experiments.data import Dataset
 from ltp_jax.adapters import linen_apply
+from ltp_jax.checkpoints import TrailError
 from ltp_jax.costs import uses_per_input
 from ltp_jax.penalty import learned_thresholds
 from ltp_jax.pruner import Pruner
 from ltp_jax.target import target_density
-from ltp_jax.trail import TrailError
 from ltp_jax.training import Apply
 
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import errno
-import glob
 import json
 import math
 import os
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tyro
+
+from ltp_jax.checkpoints import TrailError, checkpoint_path
 
 C = TypeVar("C", bound="Config")
 T = TypeVar("T")
@@ -240,10 +241,10 @@ class Config:
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
         require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 4294967295")
-        require_local(self, "workdir", "data_dir", "dense")
-        require_no_pattern("--workdir", self.workdir)
+        require_local(self, "data_dir")
+        require_checkpoint_path("--workdir", self.workdir)
         if self.dense is not None:
-            require_no_pattern("--dense", self.dense)
+            require_checkpoint_path("--dense", self.dense)
         self.pretrain.check("pretrain")
         self.train.check("train")
         self.ltp.check()
@@ -294,10 +295,12 @@ def require_local(options: Any, *names: str) -> None:
         require(is_local, f"--{name.replace('_', '-')}", path, accepted)
 
 
-def require_no_pattern(flag: str, path: Path) -> None:
-    """Raises ConfigError if Orbax cannot keep checkpoints in a path, or below it."""
-    whole = os.path.abspath(path)
-    require(glob.escape(whole) == whole, flag, whole, "a path without *, ? and [, which Orbax takes for a pattern")
+def require_checkpoint_path(flag: str, path: Path) -> None:
+    """Raises ConfigError if there can be no checkpoints in a path, or below it."""
+    try:
+        checkpoint_path(path)
+    except TrailError as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def require_writable(flag: str, path: Path) -> None:

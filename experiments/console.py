@@ -29,7 +29,7 @@ from experiments.distributed import (
     nobody_waits,
     stops_when_asked,
 )
-from ltp_jax.trail import TrailError
+from ltp_jax.checkpoints import TrailError
 
 log = logging.getLogger("experiments")
 

@@ -22,8 +22,8 @@ from experiments.components import check_network, init_network, normalising_appl
 from experiments.config import ConfigError, TrainConfig, differences, write_json
 from experiments.data.in_memory import InMemoryDataset
 from ltp_jax import models
+from ltp_jax.checkpoints import restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
-from ltp_jax.trail import restore_network, save_network
 from ltp_jax.training import (
     Batch,
     TrainState,

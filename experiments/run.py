@@ -31,9 +31,10 @@ from experiments.components import (
 from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, of_a_job, record
 from experiments.console import MetricsWriter, RunError, explain, log, progress_bar, start_logging
 from experiments.data import Dataset
+from ltp_jax.checkpoints import Resume, TrailError, holds_network, restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import global_batch, jit_beginning, jit_step, make_mesh, replicated
-from ltp_jax.trail import Entry, Resume, Trail, TrailError, holds_network, restore_network, save_network
+from ltp_jax.trail import Entry, Trail
 from ltp_jax.training import (
     TrainState,
     create_state,

@@ -1,35 +1,29 @@
-"""The trail of a run on disk: every epoch's pruned network with its figures, and the state to resume from.
+"""The trail of a run on disk: every epoch's pruned network with its figures.
 
-Checkpoints are Orbax's. An entry of the trail is a directory ``<epoch>`` that holds ``network``, the hard-pruned
-``params`` and ``batch_stats`` as ordinary dense arrays, and ``metrics``, JSON.
+An entry of the trail is a directory ``<epoch>`` that holds ``network``, the hard-pruned ``params`` and ``batch_stats``
+as ordinary dense arrays, and ``metrics``, JSON.
 """
 
 import dataclasses
-import glob
 import json
-import logging
 import operator
-import re
-import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
-from ltp_jax.selection import named_leaves
+from ltp_jax.checkpoints import (
+    TrailError,
+    checkpoint_manager,
+    checkpoint_path,
+    in_one_line,
+    plain_network,
+    restore_network,
+    writing,
+)
 from ltp_jax.transform import Summary, each_layer
-
-T = TypeVar("T")
-log = logging.getLogger(__name__)
-
-
-class TrailError(Exception):
-    """A trail or a resume state that cannot be read or written, or a request that it cannot meet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +111,7 @@ class Trail:
     """
 
     def __init__(self, path: str | Path, *, create: bool = False):
-        path = _absolute(path)
+        path = checkpoint_path(path)
         if (path / "trail").is_dir():
             path = path / "trail"
         if not path.is_dir() and not create:
@@ -127,7 +121,7 @@ class Trail:
         if create and path.is_dir():
             for epoch in ocp.utils.checkpoint_steps(path):
                 self._entry(epoch)  # of one that it cannot read Orbax would not say which
-        self._manager = _manager(path, max_to_keep=None) if create else None
+        self._manager = checkpoint_manager(path, max_to_keep=None) if create else None
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -218,15 +212,15 @@ class Trail:
         if epoch in self._manager.all_steps():
             raise TrailError(f"the trail in {self.path} has an entry of epoch {epoch} already")
         figures = json.loads(json.dumps(entry.figures(), default=lambda figure: figure.item()))
-        metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(_plain(params, batch_stats))
-        with _writing(self.path):
+        metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(plain_network(params, batch_stats))
+        with writing(self.path):
             # Without force one of an epoch before the latest, which was lost, would be passed over.
             self._manager.save(epoch, args=ocp.args.Composite(network=network, metrics=metrics), force=True)
 
     def wait(self) -> None:
         """Returns when all entries are on disk."""
         if self._manager is not None:
-            with _writing(self.path):
+            with writing(self.path):
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -244,7 +238,7 @@ class Trail:
                 self._read[epoch] = Entry(**metrics)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TrailError(
-                    f"entry {epoch} of {self.path} cannot be read: {_in_one_line(error)}; the others can be once "
+                    f"entry {epoch} of {self.path} cannot be read: {in_one_line(error)}; the others can be once "
                     f"{self.path / str(epoch)} is removed, and this one can be saved anew"
                 ) from error
         return self._read[epoch]
@@ -257,236 +251,3 @@ def pareto(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         if not front or entry.top1 > front[-1].top1:
             front.append(entry)
     return tuple(reversed(front))
-
-
-class Resume:
-    """The latest two training states of a run, apart from its trail.
-
-    Args:
-      path: the directory, made if it is not there. It is of these states alone: the third removes the first.
-
-    Raises:
-      TrailError: if it holds what a trail, or somebody else, has numbered; or it cannot be written to.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = _absolute(path)
-        for step in ocp.utils.checkpoint_steps(self.path) if self.path.is_dir() else ():
-            if not (self.path / str(step) / "state").is_dir():
-                raise TrailError(
-                    f"{self.path / str(step)} is no state to resume from, and would be removed in time; give states "
-                    "a directory of their own"
-                )
-        self._manager = _manager(self.path, max_to_keep=2)
-        self._latest: int | None = None  # of this run: saved by it, or restored
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The steps that have a state, those that are still being written included."""
-        return tuple(sorted(self._manager.all_steps()))
-
-    def save(self, step: int, state: Any) -> None:
-        """Writes a state in the background; that of a step that was just saved or restored is there already.
-
-        Raises:
-          TrailError: if the directory has a state of this step or a later one by another run, which would be restored
-            in its place; as ``Trail.save`` if it cannot be written.
-        """
-        if step == self._latest:
-            return
-        if later := [there for there in self.steps if there >= step]:
-            raise TrailError(
-                f"{self.path} has a state of step {max(later)} already, which would be restored in place of this one "
-                f"of step {step}; go on from that one, remove the directory, or name another"
-            )
-        with _writing(self.path):
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
-        self._latest = step
-
-    def restore(self, abstract_state: T) -> T | None:
-        """The latest state that can be read, or None if none was saved. Later ones, which cannot, are removed.
-
-        Args:
-          abstract_state: ``jax.ShapeDtypeStruct`` leaves with the shardings wanted, which need not be those it was
-            saved with.
-
-        Raises:
-          TrailError: if states are there and none can be read as such a state.
-        """
-        self.wait()
-        failure, broken = None, []
-        for step in reversed(self.steps):
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-                state = self._manager.restore(step, args=args)["state"]
-            except Exception as error:  # Orbax raises what its parts raise
-                log.warning("the state of step %d in %s cannot be read: %s", step, self.path, _in_one_line(error))
-                failure = failure or error
-                broken.append(step)
-                continue
-            self._latest = step
-            # They would stand in the way of the same steps, and be kept in place of a good one.
-            with _writing(self.path):
-                for step in broken:
-                    self._manager.delete(step)
-            return state
-        if failure is not None:
-            raise TrailError(
-                f"no state in {self.path} can be read as one of this run ({_in_one_line(failure)}); "
-                "remove that directory to start over"
-            ) from failure
-        return None
-
-    def wait(self) -> None:
-        """Returns when all states are on disk."""
-        with _writing(self.path):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, and lets go of the directory."""
-        self.wait()
-        self._manager.close()
-
-
-def holds_network(path: Path) -> bool:
-    """Whether a directory is a network that ``save_network`` wrote, or that of an entry; it may be damaged."""
-    return (path / "_METADATA").exists()
-
-
-def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
-    """Writes one network, in the form that entries of a trail have; returns when it is on disk.
-
-    Args:
-      path: the directory that it becomes; a network that is there is replaced.
-      params: the parameters.
-      batch_stats: the batch statistics.
-
-    Raises:
-      TrailError: if the directory holds anything else, cannot be written, or the network cannot be kept.
-    """
-    path = _absolute(path)
-    if path.is_dir() and any(path.iterdir()) and not holds_network(path):
-        raise TrailError(
-            f"{path} holds other things than a network, which would be lost; name a directory for it alone"
-        )
-    with _writing(path), ocp.StandardCheckpointer(async_options=_directories_first()) as checkpointer:
-        checkpointer.save(path, _plain(params, batch_stats), force=True)
-
-
-def _plain(params: Any, batch_stats: Any) -> dict[str, Any]:
-    """A network as nested dicts of arrays, without the boxes of NNX variables and of Linen metadata.
-
-    Random streams of an NNX network are left out: they are no part of it, and a key would come back as mere numbers.
-    Raises TrailError where two tensors would be one.
-    """
-
-    def plain(tree: Any) -> Any:
-        if isinstance(tree, nnx.State):
-            return nnx.to_pure_dict(nnx.filter_state(tree, nnx.Not(nnx.RngState)))
-        return tree
-
-    def is_state(tree: Any) -> bool:
-        return isinstance(tree, nnx.State)
-
-    network = nn.meta.unbox(jax.tree.map(plain, {"params": params, "batch_stats": batch_stats}, is_leaf=is_state))
-    names = Counter(path.replace("/", ".") for path, _ in named_leaves(network))  # as Orbax has them
-    if again := [name for name, count in names.items() if count > 1]:
-        raise TrailError(f"two tensors would both be {again[0]} on disk; give one of them a name without dots")
-    return network
-
-
-def restore_network(path: str | Path) -> dict[str, Any]:
-    """Reads a network: ``{"params": ..., "batch_stats": ...}``, nested dicts of numpy arrays.
-
-    Raises:
-      TrailError: if there is none, or it is broken.
-    """
-    path = _absolute(path)
-    if not path.is_dir():
-        raise TrailError(f"there is no network in {path}")
-    try:
-        # Each process of a job reads for itself.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}
-        )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            metadata = checkpointer.metadata(path).item_metadata
-            if metadata is None:
-                raise ValueError("it is damaged, or was not written by this project")
-            tree = metadata.tree
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-    except Exception as error:  # Orbax raises what its parts raise
-        raise TrailError(f"the network in {path} cannot be read: {_in_one_line(error)}") from error
-
-
-def _absolute(path: str | Path) -> Path:
-    """Raises TrailError for an address, which as a path is a folder of that name in the current one, and a pattern."""
-    if re.match("[a-z][a-z0-9]+:/", str(path)):
-        raise TrailError(f"{path} is no path of a file system; accepted is one, such as that of a mounted bucket")
-    path = Path(path).expanduser().absolute()
-    if path != Path(glob.escape(str(path))):
-        # Orbax would write there, and look for it among the paths that the pattern fits.
-        raise TrailError(f"{path} is a pattern to Orbax; accepted is a path without *, ? and [")
-    return path
-
-
-def _manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep,
-        create=True,
-        cleanup_tmp_directories=True,
-        async_options=_directories_first(),
-        # Trail and resume state are written at the same time, and their barriers must not be taken for each other's.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=path.name),
-    )
-    with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass  # Orbax would wait for minutes before it says that nothing can be written there
-        return _Manager(path, options=options)
-
-
-def _directories_first() -> ocp.options.AsyncOptions:
-    """Makes directories before the rest goes on in the background: where one cannot be made there, Orbax leaves threads
-    that wait for it minutes beyond the end of a script."""
-    return ocp.options.AsyncOptions(create_directories_asynchronously=False)
-
-
-class _Manager(ocp.CheckpointManager):
-    """Saves when it is told to and at no other time.
-
-    Orbax would ask JAX whether the job is being preempted, and give the number of the checkpoint for the step that was
-    come to. The processes agree on when to stop by the steps that they tell: epochs would mislead them.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
-
-
-class _writing:
-    """Turns what Orbax raises while it writes into one TrailError."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception):
-            raise TrailError(
-                f"cannot write to {self._path}: {_in_one_line(error)}; what was saved before is whole, and the same "
-                "command goes on from there once this is mended; if need be, make room or allow it to write"
-            ) from error
-
-
-def _in_one_line(error: BaseException) -> str:
-    """The first line of a message, and what it announces."""
-    first, *others = (str(error).strip() or type(error).__name__).splitlines()
-    # Where a line only announces what is the matter, the next one says it.
-    for line in filter(None, map(str.strip, others)):
-        if not first.endswith(":"):
-            break
-        first += f" {line}"
-    return first[:300]

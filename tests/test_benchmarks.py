@@ -36,7 +36,7 @@ from ltp_jax.trail import Entry
         (targets, ["--macs", "inf"], "^--macs has inf; accepted is a finite number, more than 1"),
         (targets, ["--steps=9"], "^--steps is 9; accepted is at least 10"),
         (targets, ["--batch-size=65"], "^--batch-size is 65; accepted is 1 to 64"),
-        (seeds, ["--workdir=gs://bucket"], "^--workdir is gs:/bucket; accepted is a path of this machine"),
+        (seeds, ["--workdir=gs://bucket"], "^--workdir: gs:/bucket is no path of a file system; accepted"),
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs://bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
         (seeds, ["--seeds", "1", "2", "1"], "^--seeds has one of them twice; accepted is each once"),

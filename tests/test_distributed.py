@@ -11,7 +11,7 @@ import pytest
 from experiments import distributed
 from experiments.config import ConfigError, DistributedConfig
 from experiments.console import explain, run_command
-from ltp_jax.trail import TrailError
+from ltp_jax.checkpoints import TrailError
 
 ROOT = Path(__file__).parents[1]
 

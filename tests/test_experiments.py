@@ -28,8 +28,9 @@ from experiments.data import DataError, digits
 from experiments.digits import DigitsConfig
 from experiments.fashion_mnist import PRESETS
 from ltp_jax import models
+from ltp_jax.checkpoints import TrailError, restore_network, save_network
 from ltp_jax.pruner import dense
-from ltp_jax.trail import Entry, Trail, TrailError, restore_network, save_network
+from ltp_jax.trail import Entry, Trail
 
 ROOT = Path(__file__).parents[1]
 
@@ -516,8 +517,8 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--ltp.learn", "1.5"], "--ltp.learn is 1.5; accepted is more than 0, at most 1"),
         (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
         (["--seed", "-3"], "--seed is -3"),
-        (["--workdir", "gs://bucket/run"], "^--workdir is gs:/bucket/run; accepted is a path of this machine"),
-        (["--dense=gs://bucket/dense"], "^--dense is gs:/bucket/dense; accepted is a path of this machine"),
+        (["--workdir", "gs://bucket/run"], "^--workdir: gs:/bucket/run is no path of a file system; accepted"),
+        (["--dense=gs://bucket/dense"], "^--dense: gs:/bucket/dense is no path of a file system; accepted"),
         (["--data-dir=s3://bucket"], "^--data-dir is s3://bucket; accepted is a path of this machine"),
         (["--workdir=/a/[b]/c"], r"^--workdir is /a/\[b\]/c; accepted is a path without"),
         (["--dense=/a?"], r"^--dense is /a\?; accepted is a path without"),

@@ -18,7 +18,8 @@ from flax import nnx
 
 import ltp_jax as ltp
 from ltp_jax.adapters import nnx_apply
-from ltp_jax.trail import Entry, Resume, Trail, TrailError, pareto, restore_network, save_network
+from ltp_jax.checkpoints import Resume, TrailError, restore_network, save_network
+from ltp_jax.trail import Entry, Trail, pareto
 
 PARAMS = {"conv": {"kernel": jnp.array([[1.5, 0.0], [0.0, -2.0]]), "bias": jnp.ones(2)}}
 STATS = {"norm": {"mean": jnp.zeros(2)}}

@@ -16,14 +16,15 @@ import tyro
 
 from experiments.config import (
     read_options,
+    require_checkpoint_path,
     require_local,
-    require_no_pattern,
     require_seeds,
     require_writable,
     write_json,
 )
 from experiments.console import RunError, run_command
-from ltp_jax.trail import Trail, TrailError
+from ltp_jax.checkpoints import TrailError
+from ltp_jax.trail import Trail
 
 PROG = "python -m experiments.benchmarks.seeds"
 
@@ -47,8 +48,8 @@ class Seeds:
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""
-        require_local(self, "workdir", "out")
-        require_no_pattern("--workdir", self.workdir)
+        require_local(self, "out")
+        require_checkpoint_path("--workdir", self.workdir)
         require_seeds("--seeds", self.seeds)
 
 

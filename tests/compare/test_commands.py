@@ -22,8 +22,9 @@ from experiments.data import digits
 from experiments.digits import DigitsConfig
 from experiments.harness import Harness, augmented, hold_out
 from ltp_jax import models
+from ltp_jax.checkpoints import save_network
 from ltp_jax.pruner import dense
-from ltp_jax.trail import Trail, save_network
+from ltp_jax.trail import Trail
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
 TRAIN = TrainConfig(epochs=3, batch_size=128, learning_rate=0.05)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from ltp_jax.checkpoints import restore_network
 from ltp_jax.selection import named_leaves
-from ltp_jax.trail import Trail, restore_network
+from ltp_jax.trail import Trail
 
 ROOT = Path(__file__).parents[2]
 # Nine steps an epoch, in three epochs of pruning after one of training. Small steps and wide masks: what the usual
