@@ -132,13 +132,13 @@ class Parts(NamedTuple):
 
 def parts(step: Step) -> Parts:
     """Those of a step's run."""
-    steps_per_epoch = max(step.train_size // step.train.batch_size, 1)
+    steps_per_epoch = max(step.train.steps_per_epoch(step.train_size), 1)
     network = jax.eval_shape(lambda: init_network(step.module, step.image_shape, 0))
     pruner = dense()
     if step.ltp is not None:
         plan = ltp.plan(network["params"])
         steps = step.train.epochs * steps_per_epoch
-        pruner = ltp_pruner(step.ltp, plan, steps, lambda: network_uses(step.module, step.image_shape, plan))
+        pruner = ltp_pruner(step.ltp, plan, steps, network_uses(step.module, step.image_shape, plan))
     return Parts(network, weights_optimizer(step.train, steps_per_epoch), pruner)
 
 

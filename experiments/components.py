@@ -1,6 +1,6 @@
 """What a training is made of: the network on a dataset's images, its optimizer, and LTP as the options have it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,16 @@ def normalising_apply(module: nn.Module, dataset: Dataset) -> Apply:
 
 
 def network_uses(module: nn.Module, image_shape: tuple[int, ...], plan: ltp.Plan) -> dict[str, float]:
-    """How often each weight is used for one image of ``[height, width, channels]``, by path."""
+    """How often each weight is used for one image of ``[height, width, channels]``, by path.
+
+    Raises:
+      ConfigError: if that cannot be counted.
+    """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return uses_per_input(module, images, plan, train=False)
+    try:
+        return uses_per_input(module, images, plan, train=False)
+    except ValueError as error:
+        raise ConfigError(f"the multiply-accumulates of this network cannot be counted: {error}") from error
 
 
 def budget_left(summary: ltp.Summary, uses: Mapping[str, float]) -> tuple[float, float]:
@@ -68,7 +75,7 @@ def check_batch(stage: str, train: TrainConfig, devices: int, images: int, datas
         raise ConfigError(
             f"--{stage}.batch-size is {train.batch_size}; accepted are multiples of the {devices} devices"
         )
-    most = np.iinfo(np.int32).max // (images // train.batch_size)
+    most = np.iinfo(np.int32).max // train.steps_per_epoch(images)
     if train.epochs > most:
         raise ConfigError(f"--{stage}.epochs is {train.epochs}; accepted is at most {most}, of 2^31 steps")
 
@@ -102,17 +109,17 @@ def kernel_decay(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTransfor
     return optax.add_decayed_weights(weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
 
 
-def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[], dict[str, float]]) -> Pruner:
+def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Mapping[str, float]) -> Pruner:
     """LTP as the options have it: to a penalty with a linear ramp and Adam for the thresholds, or to a target.
 
     Args:
       config: the options.
       plan: which tensors are pruned.
       steps: training steps of the run.
-      uses: gives the uses of each weight for one image, by path; asked for a target of multiply-accumulates alone.
+      uses: of each weight for one image, by path, for a target of multiply-accumulates.
 
     Raises:
-      ConfigError: if the target leaves less than one weight to each tensor, or uses cannot be counted.
+      ConfigError: if the target leaves less than one weight to each tensor.
     """
     if config.density is not None:
         prune_steps = config.descent(steps)
@@ -124,7 +131,7 @@ def ltp_pruner(config: LtpConfig, plan: ltp.Plan, steps: int, uses: Callable[[],
                 select_steps=max(round(config.select * steps), prune_steps),
                 t0=config.temperature,
                 leak=config.leak,
-                costs=None if config.target_macs is None else uses(),
+                costs=None if config.target_macs is None else uses,
             )
         except ValueError as error:
             raise ConfigError(f"the target of --ltp cannot be met: {error}") from error

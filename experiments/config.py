@@ -53,6 +53,10 @@ class TrainConfig:
         """The highest learning rate of the weights, at this batch size."""
         return self.learning_rate
 
+    def steps_per_epoch(self, images: int) -> int:
+        """Training steps of an epoch of so many images; those that do not fill a batch are left out."""
+        return images // self.batch_size
+
     def check(self, name: str) -> None:
         require(self.epochs >= 1, f"--{name}.epochs", self.epochs, "at least 1")
         require(self.batch_size >= 1, f"--{name}.batch-size", self.batch_size, "at least 1")

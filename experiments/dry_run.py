@@ -92,7 +92,7 @@ def report(
     network = jax.eval_shape(lambda: init_network(module, shape, 0))
     plan = ltp.plan(network["params"])
     uses = network_uses(module, shape, plan)
-    ltp_pruner(config.ltp, plan, train.epochs * (train_size // train.batch_size), lambda: uses)
+    ltp_pruner(config.ltp, plan, train.epochs * train.steps_per_epoch(train_size), uses)
     facts = _facts(module, network, plan, uses, train, config.mesh, shape, devices, train_size)
     console.print(str(plan), highlight=False, soft_wrap=True)
     console.print(_facts_table(config.arch, facts, devices, topology))
@@ -191,7 +191,7 @@ def _facts(
         "train_size": train_size,
         "batch_size": train.batch_size,
         "images_per_device": images,
-        "steps_per_epoch": train_size // train.batch_size,
+        "steps_per_epoch": train.steps_per_epoch(train_size),
         "epochs": train.epochs,
         "state_bytes": state_bytes,
         # The gradients are as large as the parameters.

@@ -112,7 +112,7 @@ class Harness:
 
     def steps(self, config: TrainConfig) -> int:
         """Training steps of a run."""
-        return config.epochs * (self.dataset.train_size // config.batch_size)
+        return config.epochs * config.steps_per_epoch(self.dataset.train_size)
 
     def dense_network(self, seed: int) -> Network:
         """The trained network that every method starts from: trained once a seed, then read from disk.
@@ -157,7 +157,7 @@ class Harness:
           distill: share of the labels that is what the network at the start of the run says of the image.
           optimizer: of the weights; that of the configuration if nothing is said.
         """
-        steps = self.dataset.train_size // config.batch_size
+        steps = config.steps_per_epoch(self.dataset.train_size)
         optimizer = weights_optimizer(config, steps) if optimizer is None else optimizer
         label_loss = cross_entropy(config.label_smoothing)
 

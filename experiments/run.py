@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +151,7 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
         check_batch("pretrain", config.pretrain, devices, dataset.train_size, dataset.name)
     network = jax.eval_shape(lambda: init_network(module, dataset.image_shape, config.seed))
     plan = ltp.plan(network["params"])
-    make_pruner(config, module, dataset, plan)
+    make_pruner(config, plan, network_uses(module, dataset.image_shape, plan), dataset)
     if config.dense is not None:
         # What Orbax says of a directory that it did not write helps nobody.
         if config.dense.is_dir() and not holds_network(config.dense):
@@ -177,10 +177,9 @@ def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
         raise ConfigError(f"the dense network cannot be pruned: {error}") from error
 
 
-def make_pruner(config: Config, module: nn.Module, dataset: Dataset, plan: ltp.Plan) -> Pruner:
+def make_pruner(config: Config, plan: ltp.Plan, uses: Mapping[str, float], dataset: Dataset) -> Pruner:
     """LTP as the options have it, for this network and this many images."""
-    steps = config.train.epochs * (dataset.train_size // config.train.batch_size)
-    return ltp_pruner(config.ltp, plan, steps, lambda: network_uses(module, dataset.image_shape, plan))
+    return ltp_pruner(config.ltp, plan, config.train.epochs * config.train.steps_per_epoch(dataset.train_size), uses)
 
 
 class Job:
@@ -258,7 +257,7 @@ class Job:
     def _pretrain(self, path: Path, begin: dict[str, Any] | None) -> None:
         """Trains the dense network and writes it."""
         config = self.config.pretrain
-        optimizer = weights_optimizer(config, self.dataset.train_size // config.batch_size)
+        optimizer = weights_optimizer(config, config.steps_per_epoch(self.dataset.train_size))
         # What was begun in the background is finished, whatever ends the stage.
         with (
             contextlib.closing(Resume(self.config.workdir / "pretrain")) as resume,
@@ -279,12 +278,12 @@ class Job:
     def prune(self, params: Any, batch_stats: Any) -> Trail:
         """Prunes a dense network; each epoch's network is an entry of the trail."""
         config = self.config
-        steps_per_epoch = self.dataset.train_size // config.train.batch_size
+        steps_per_epoch = config.train.steps_per_epoch(self.dataset.train_size)
         plan = ltp.plan(params)
         log.info("plan:\n%s", plan)
         check_weights(params, plan, config.ltp)
-        pruner = make_pruner(config, self.module, self.dataset, plan)
         uses = network_uses(self.module, self.dataset.image_shape, plan)
+        pruner = make_pruner(config, plan, uses, self.dataset)
         optimizer = weights_optimizer(config.train, steps_per_epoch)
         harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
         summarize = jax.jit(
@@ -367,7 +366,7 @@ class Job:
         step_fn = jit_step(
             make_train_step(self.apply, optimizer, pruner, cross_entropy(config.label_smoothing)), abstract, mesh
         )
-        steps_per_epoch = dataset.train_size // config.batch_size
+        steps_per_epoch = config.steps_per_epoch(dataset.train_size)
         step = first = int(state.step)
         if first:
             log.info("%s: goes on from step %d", stage, first)

@@ -47,7 +47,7 @@ def test_weight_decay_is_of_kernels_alone():
 
 
 def pruner_of(config, params):
-    return ltp_pruner(config, ltp.plan(params), STEPS, lambda: pytest.fail("was asked for uses"))
+    return ltp_pruner(config, ltp.plan(params), STEPS, {})
 
 
 def test_options_of_a_penalty_are_those_of_the_pruner():

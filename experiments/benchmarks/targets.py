@@ -92,7 +92,7 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
     uses = network_uses(module, images.shape[1:], plan)
     train = TrainConfig(epochs=1, batch_size=options.batch_size, learning_rate=0.02, weight_decay=5e-5)
     target = LtpConfig(target_macs=compression) if of == "MACs" else LtpConfig(target_compression=compression)
-    pruner = ltp_pruner(target, plan, options.steps, lambda: uses)
+    pruner = ltp_pruner(target, plan, options.steps, uses)
     optimizer = weights_optimizer(train, options.steps)
     step = jax.jit(make_train_step(linen_apply(module), optimizer, pruner, cross_entropy()), donate_argnums=0)
     summarize = jax.jit(lambda state: ltp.summarize(state.params, state.pruning.prune))
