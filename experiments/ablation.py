@@ -30,7 +30,7 @@ from experiments.config import (
     require_seeds,
     write_json,
 )
-from experiments.console import run_command
+from experiments.ending import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
 from ltp_jax.pruner import Pruner
 

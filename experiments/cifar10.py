@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.config import Config, LtpConfig, TrainConfig, parse
-from experiments.console import run_command
-from experiments.data import cifar10
+from experiments.data.tfds_in_memory import cifar10
 from experiments.distributed import initialize
+from experiments.ending import run_command
 from experiments.run import run
 from ltp_jax import models
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import tyro
 
-from experiments import compare_report, data
+from experiments import compare_report
 from experiments.compare_report import Cell
 from experiments.compare_settings import (
     FIRST_TRIALS,
@@ -41,8 +41,9 @@ from experiments.config import (
     require_seeds,
     write_json,
 )
-from experiments.console import run_command
 from experiments.data.in_memory import InMemoryDataset
+from experiments.data.tfds_in_memory import cifar10, fashion_mnist
+from experiments.ending import run_command
 from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
 
 HELD_OUT = 10_000  # training images that settings are judged on
@@ -68,18 +69,18 @@ class Setup(NamedTuple):
 
 NETWORKS = {
     "lenet_300_100": Setup(
-        data.fashion_mnist,
+        fashion_mnist,
         TrainConfig(epochs=15, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
         TrainConfig(epochs=10, batch_size=128, learning_rate=0.1, weight_decay=5e-4),
         tuning_compressions=(32, 128),
     ),
     "lenet5": Setup(
-        data.fashion_mnist,
+        fashion_mnist,
         TrainConfig(epochs=6, batch_size=128, learning_rate=0.02, warmup_epochs=1, weight_decay=5e-4),
         TrainConfig(epochs=5, batch_size=128, learning_rate=0.02, weight_decay=5e-4),
     ),
     "resnet20": Setup(
-        data.cifar10,
+        cifar10,
         # Three core-minutes an epoch: as much as a grid of runs can have, and far from convergence.
         TrainConfig(epochs=5, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
         TrainConfig(epochs=3, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
@@ -149,7 +150,7 @@ class CompareConfig:
         require_compressions("--compressions", self.compressions)
         if self.epochs is not None:
             require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
-        if self.augment and NETWORKS[self.arch].load is data.cifar10:
+        if self.augment and NETWORKS[self.arch].load is cifar10:
             raise ConfigError("--augment is for Fashion-MNIST: the images of CIFAR-10 always are shifted and mirrored")
         for name, fits in OF_SOME_COMMANDS.items():
             if self.command not in fits and getattr(self, name) != getattr(CompareConfig, name):

@@ -12,7 +12,7 @@ import optax
 
 import ltp_jax as ltp
 from experiments.config import ConfigError, LtpConfig, TrainConfig
-from experiments.data import Dataset
+from experiments.data.dataset import Dataset
 from ltp_jax.adapters import linen_apply
 from ltp_jax.checkpoints import TrailError
 from ltp_jax.costs import uses_per_input

@@ -1,41 +1,21 @@
 """What a run tells: lines to the terminal and the log file, a progress bar, and figures to JSONL and TensorBoard."""
 
 import contextlib
-import io
 import json
 import logging
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.config import ConfigError
-from experiments.data import DataError
-from experiments.distributed import (
-    CONFIG_ERROR,
-    START_AGAIN,
-    Preempted,
-    end_at_once,
-    lost_process,
-    nobody_waits,
-    stops_when_asked,
-)
-from ltp_jax.checkpoints import TrailError
+from experiments.ending import RunError
 
 log = logging.getLogger("experiments")
-
-
-class RunError(Exception):
-    """A run that cannot go on. The message says why and what to do."""
 
 
 def start_logging(workdir: Path, console: Console) -> None:
@@ -165,65 +145,3 @@ class MetricsWriter:
         """Writes out what is buffered."""
         for board in self._boards.values():
             board.close()
-
-
-def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command and ends the process: a user's mistake becomes one message on stderr and a non-zero exit.
-
-    A command that was asked to stop, or lost one of its processes, exits with ``START_AGAIN``. Where JAX itself notices
-    the loss, between two programs, it aborts the process, with a message and a stack dump of its own.
-    """
-    sys.unraisablehook = _unraisable
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
-    logging.raiseExceptions = False  # of a log that cannot be written, as on a full disk, it would dump the stack
-    try:
-        with stops_when_asked(), nobody_waits(explain):
-            main()
-        code = 0
-    except Preempted as notice:
-        if log.handlers:
-            log.info("%s", notice)
-        else:  # asked before the log has begun, or of a command that has none
-            print(notice, file=sys.stderr)
-        if jax.distributed.is_initialized():
-            sys.exit(START_AGAIN)  # together: the first process must not leave while others are still saving
-        end_at_once(START_AGAIN)
-    except (ConfigError, DataError, TrailError, RunError, OSError) as error:
-        message, code = explain(error)
-        print(f"error: {message}", file=sys.stderr)
-        log.debug("stopped", exc_info=True)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last saved state", file=sys.stderr)
-        end_at_once(130)
-    sys.exit(code)
-
-
-def _unraisable(unraisable: Any) -> None:
-    """Prints what no one could catch, but for what is left of Orbax's reads and writes behind one that has failed.
-
-    A request to stop that came in a callback, such as that of JAX at a garbage collection, is made again.
-    """
-    request = {KeyboardInterrupt: signal.SIGINT, Preempted: signal.SIGTERM}.get(unraisable.exc_type)
-    if request is not None:
-        threading.Timer(0.05, os.kill, (os.getpid(), request)).start()
-    elif str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
-def explain(error: Exception) -> tuple[str, int]:
-    """What to tell the user of an error, and the exit code of the process."""
-    if isinstance(error, ConfigError):
-        return str(error), CONFIG_ERROR
-    if (said := lost_process(error)) is not None:
-        return (
-            "another process of this job is gone; start all of them again with the same command, and the run goes on "
-            f"from the last saved state ({said})",
-            START_AGAIN,
-        )
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the system'}: {error.strerror or error}", 1
-    if isinstance(error, DataError | TrailError | RunError):
-        return str(error), 1
-    return f"{type(error).__name__}: {error}", 1

@@ -1,10 +1,8 @@
-"""Many processes as one job: how they find each other, stop together, and do not wait for one that is lost."""
+"""Many processes as one job: how they find each other, agree on what they do, and stop together."""
 
 import contextlib
 import json
-import logging
 import os
-import re
 import secrets
 import signal
 import socket
@@ -14,42 +12,20 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.config import ConfigError, DistributedConfig
-
-log = logging.getLogger("experiments")
-
-START_AGAIN = os.EX_TEMPFAIL
-"""The exit code, 75, of a run that the same command goes on with. Schedulers that retry can be told to look for it."""
-
-
-CONFIG_ERROR = 2
-"""The exit code of a command whose options cannot be carried out."""
+from experiments.ending import CONFIG_ERROR, has_others
 
 START_SLACK = 60
 """Seconds that JAX may still take for joining the processes after this project's patience with them has ended."""
 
 SHARED_WITHIN = 10
 """Seconds in which what one host writes to a file system that they share has to be seen by the others."""
-
-BROKEN_CONNECTION = re.compile(
-    r"Gloo .*failed|(closed|reset) by (remote )?peer|remote process exited|Broken pipe|Socket closed|heartbeat",
-    re.IGNORECASE,
-)
-"""How collectives of the CPU (gloo) and of GPUs (NCCL), and JAX's coordination, tell of a partner that is gone."""
-
-
-class Preempted(BaseException):
-    """The run was asked to stop, and nothing that it saved is lost.
-
-    Like KeyboardInterrupt it is no error, which ``except Exception`` would take for one.
-    """
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -129,7 +105,7 @@ def check_shared(workdir: Path) -> None:
     Raises:
       ConfigError: in every process, if one of them does not see what the first one writes there.
     """
-    if not _has_others():
+    if not has_others():
         return
     first = jax.process_index() == 0
     token = secrets.randbits(32)
@@ -157,7 +133,7 @@ def check_same(options: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: in every process, if one of them has others than the first one.
     """
-    if not _has_others():
+    if not has_others():
         return
     marks = multihost_utils.process_allgather(np.uint32(zlib.crc32(json.dumps(options, sort_keys=True).encode())))
     if others := np.flatnonzero(marks != marks[0]).tolist():
@@ -176,7 +152,7 @@ def check_first(refusal: Exception | None) -> None:
     Raises:
       Exception: the refusal in the first process, a ConfigError with its message in the others.
     """
-    if _has_others():
+    if has_others():
         message = np.zeros(2048, np.uint8)
         said = str(refusal or "").encode()[: message.size]
         message[: len(said)] = list(said)
@@ -189,25 +165,11 @@ def check_first(refusal: Exception | None) -> None:
 
 def sharers_of_cores() -> int:
     """How many processes of the job have the cores of this one, itself included; one that is bound has its own."""
-    if not _has_others():
+    if not has_others():
         return 1
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
     mark = np.uint32(zlib.crc32(f"{socket.gethostname()} {cores}".encode()))
     return int(np.count_nonzero(multihost_utils.process_allgather(mark) == mark))
-
-
-@contextlib.contextmanager
-def stops_when_asked() -> Iterator[None]:
-    """Takes SIGTERM as a request to end at once, by ``Preempted``, wherever ``preemption_notice`` does not take it."""
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Preempted("asked to stop: what was saved is whole, and the same command goes on from there")
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
@@ -239,52 +201,3 @@ def preemption_notice() -> Iterator[Callable[[], bool]]:
         yield requested.is_set
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextlib.contextmanager
-def nobody_waits(explain: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
-    """Ends this process at once if the body fails in a job of several: cleaning up would wait for the others.
-
-    They notice, by their broken connections or at the latest by missing heartbeats, and end as well.
-
-    Args:
-      explain: the message and the exit code for an error.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not _has_others():
-            raise
-        message, code = explain(error)
-        if log.handlers:  # before the log has begun, it would come to the terminal with its stack
-            log.error("stopped: %s", message, exc_info=True)
-        print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr)
-        end_at_once(code)
-
-
-def end_at_once(code: int) -> NoReturn:
-    """Ends the process without tearing down what devices and threads are still at work on."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def lost_process(error: BaseException | None) -> str | None:
-    """What an error, or its cause, says of another process of the job that is gone; None if it is no such error.
-
-    An error that comes again whenever the job is started, as one of the compiler does, must not be taken for one.
-    """
-    if error is None or not _has_others():
-        return None
-    said = str(error).partition("\n")[0]
-    # The statuses of a partner that does not answer, or gave up.
-    unanswered = said.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"))
-    if isinstance(error, jax.errors.JaxRuntimeError) and (unanswered or BROKEN_CONNECTION.search(str(error))):
-        return said
-    return lost_process(error.__cause__)
-
-
-def _has_others() -> bool:
-    # Before the processes have joined, asking for their number would start a backend.
-    return jax.distributed.is_initialized() and jax.process_count() > 1

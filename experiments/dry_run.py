@@ -18,7 +18,7 @@ from experiments.chips import Topology
 from experiments.chips import topology as find_topology
 from experiments.components import check_batch, init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, write_json
-from experiments.console import RunError
+from experiments.ending import RunError
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state

@@ -29,8 +29,9 @@ from experiments.components import (
     weights_optimizer,
 )
 from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, of_a_job, record
-from experiments.console import MetricsWriter, RunError, explain, log, progress_bar, start_logging
-from experiments.data import Dataset
+from experiments.console import MetricsWriter, log, progress_bar, start_logging
+from experiments.data.dataset import Dataset
+from experiments.ending import Preempted, RunError, nobody_waits
 from ltp_jax.checkpoints import Resume, TrailError, holds_network, restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import global_batch, jit_beginning, jit_step, make_mesh, replicated
@@ -261,7 +262,7 @@ class Job:
         # What was begun in the background is finished, whatever ends the stage.
         with (
             contextlib.closing(Resume(self.config.workdir / "pretrain")) as resume,
-            distributed.nobody_waits(explain),
+            nobody_waits(),
         ):
             state = self._fit(
                 "pretrain",
@@ -320,7 +321,7 @@ class Job:
         with (
             contextlib.closing(Trail(config.workdir / "trail", create=True)) as trail,
             contextlib.closing(Resume(config.workdir / "resume")) as resume,
-            distributed.nobody_waits(explain),
+            nobody_waits(),
         ):
             network = {"params": params, "batch_stats": batch_stats}
             keep_in_trail = functools.partial(keep, trail)
@@ -398,7 +399,7 @@ class Job:
                     settle()
                     resume.save(step, state)
                     resume.wait()
-                    raise distributed.Preempted(
+                    raise Preempted(
                         f"asked to stop: step {step} of {stage} is saved, and the same command goes on from there"
                     )
         return state

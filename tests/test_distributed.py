@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import distributed
+from experiments import distributed, ending
 from experiments.config import ConfigError, DistributedConfig
-from experiments.console import explain, run_command
+from experiments.ending import START_AGAIN, explain, lost_process, run_command
 from ltp_jax.checkpoints import TrailError
 
 ROOT = Path(__file__).parents[1]
@@ -49,38 +49,38 @@ COMES_AGAIN = [
 
 @pytest.mark.parametrize("said", LOST)
 def test_lost_process_is_told_by_what_broken_connections_say(monkeypatch, said):
-    monkeypatch.setattr(distributed, "_has_others", lambda: True)
+    monkeypatch.setattr(ending, "has_others", lambda: True)
     error = jax.errors.JaxRuntimeError(said)
     caused = TrailError("cannot write")
     caused.__cause__ = error
     for failure in (error, caused):
         message, code = explain(failure)
-        assert code == distributed.START_AGAIN
+        assert code == START_AGAIN
         assert message.startswith("another process of this job is gone; start all of them again")
         assert message.endswith(f"({said.splitlines()[0]})")
 
 
 @pytest.mark.parametrize("said", COMES_AGAIN)
 def test_error_that_comes_again_is_no_lost_process(monkeypatch, said):
-    monkeypatch.setattr(distributed, "_has_others", lambda: True)
+    monkeypatch.setattr(ending, "has_others", lambda: True)
     assert explain(jax.errors.JaxRuntimeError(said)) == (f"JaxRuntimeError: {said}", 1)
 
 
 def test_process_that_is_alone_has_none_to_lose():
-    assert distributed.lost_process(jax.errors.JaxRuntimeError(LOST[0])) is None
+    assert lost_process(jax.errors.JaxRuntimeError(LOST[0])) is None
 
 
 def test_request_to_stop_a_command_is_a_message_and_start_again():
     code = (
         "import os, signal, time\n"
-        "from experiments.console import run_command\n"
+        "from experiments.ending import run_command\n"
         "def main():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
         "run_command(main)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == distributed.START_AGAIN
+    assert done.returncode == START_AGAIN
     assert done.stderr == "asked to stop: what was saved is whole, and the same command goes on from there\n"
 
 

@@ -23,9 +23,11 @@ from tensorboardX.proto.event_pb2 import Event
 from experiments import report
 from experiments import run as runs
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record, to_json, write_json
-from experiments.console import MetricsWriter, RunError, run_command
-from experiments.data import DataError, digits
+from experiments.console import MetricsWriter
+from experiments.data.dataset import DataError
+from experiments.data.digits import digits
 from experiments.digits import DigitsConfig
+from experiments.ending import RunError, run_command
 from experiments.fashion_mnist import PRESETS
 from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
@@ -695,7 +697,7 @@ def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
     code = (
         "import gc, os, signal, sys, time\n"
         "from experiments import digits\n"
-        "from experiments.console import run_command\n"
+        "from experiments.ending import run_command\n"
         "from experiments.data.in_memory import InMemoryDataset\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "train = InMemoryDataset.train\n"

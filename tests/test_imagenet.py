@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from experiments import imagenet, run
 from experiments.config import ConfigError, parse, record, to_json
-from experiments.data import digits
-from experiments.distributed import START_AGAIN
+from experiments.data.digits import digits
 from experiments.dry_run import activation_bytes
+from experiments.ending import START_AGAIN
 from ltp_jax import models, pretrained
 from ltp_jax.models.torch_names import torch_names
 from ltp_jax.pretrained import _template, _torch_shape
@@ -36,7 +36,7 @@ needs_photographs = pytest.mark.skipif(
 STOPPED = """
 import os, signal
 from experiments import imagenet, run
-from experiments.console import run_command
+from experiments.ending import run_command
 
 train_batches = run.Job._train_batches
 

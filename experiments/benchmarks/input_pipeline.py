@@ -34,9 +34,9 @@ from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments.config import ConfigError, read_options, require, require_local, require_writable, write_whole
-from experiments.console import run_command
-from experiments.data import photographs
+from experiments.data.photographs import photographs
 from experiments.data.tfds_source import Example, open_split
+from experiments.ending import run_command
 
 LOADER = "this loader"
 

@@ -36,9 +36,9 @@ from experiments.config import (
     require_writable,
     write_whole,
 )
-from experiments.console import run_command
 from experiments.data.photographs import usable_cores
 from experiments.dry_run import IMAGENET_TRAIN_SIZE
+from experiments.ending import run_command
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
 

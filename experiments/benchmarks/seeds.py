@@ -22,7 +22,7 @@ from experiments.config import (
     require_writable,
     write_json,
 )
-from experiments.console import RunError, run_command
+from experiments.ending import RunError, run_command
 from ltp_jax.checkpoints import TrailError
 from ltp_jax.trail import Trail
 

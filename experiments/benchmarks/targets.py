@@ -32,7 +32,7 @@ from experiments.config import (
     require_seeds,
     require_writable,
 )
-from experiments.console import run_command
+from experiments.ending import run_command
 from ltp_jax import models
 from ltp_jax.adapters import linen_apply
 from ltp_jax.target import planned_density

@@ -13,7 +13,7 @@ import ltp_jax as ltp
 from experiments import ablation, ablation_variants, compare
 from experiments.ablation_variants import Job, Variant
 from experiments.config import ConfigError, TrainConfig
-from experiments.data import digits
+from experiments.data.digits import digits
 from experiments.harness import Harness
 from ltp_jax.penalty import LearnedThresholdState
 from ltp_jax.pruner import Pruner

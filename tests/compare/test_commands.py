@@ -18,7 +18,7 @@ from experiments import compare_settings as settings
 from experiments import run as runs
 from experiments.components import weights_optimizer
 from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, write_json
-from experiments.data import digits
+from experiments.data.digits import digits
 from experiments.digits import DigitsConfig
 from experiments.harness import Harness, augmented, hold_out
 from ltp_jax import models

@@ -14,7 +14,7 @@ import ltp_jax as ltp
 from experiments import compare, compare_report
 from experiments.compare_settings import Trial, make_pruner
 from experiments.config import TrainConfig
-from experiments.data import digits
+from experiments.data.digits import digits
 from experiments.harness import Harness, what_is_left
 
 TRAIN = TrainConfig(epochs=2, batch_size=128, learning_rate=0.05, weight_decay=5e-4)

@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.data.dataset import Batch, DataError
+from experiments.data.digits import digits
 from experiments.data.in_memory import InMemoryDataset, shift_and_flip
+from experiments.data.tfds_in_memory import cifar10, fashion_mnist
 
 
 def numbered(train_size: int = 50, eval_size: int = 23, padding: int = 2, flip: bool = True) -> InMemoryDataset:
@@ -29,11 +31,11 @@ def numbered(train_size: int = 50, eval_size: int = 23, padding: int = 2, flip: 
     )
 
 
-def take(stream, count: int) -> list[data.Batch]:
+def take(stream, count: int) -> list[Batch]:
     return list(itertools.islice(stream, count))
 
 
-def assert_equal(a: list[data.Batch], b: list[data.Batch]) -> None:
+def assert_equal(a: list[Batch], b: list[Batch]) -> None:
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         for key in ("image", "label", "mask"):
@@ -41,10 +43,10 @@ def assert_equal(a: list[data.Batch], b: list[data.Batch]) -> None:
             assert x[key].dtype == y[key].dtype
 
 
-def joined(parts: list[list[data.Batch]]) -> list[data.Batch]:
+def joined(parts: list[list[Batch]]) -> list[Batch]:
     """Global batches from the streams of all processes."""
     return [
-        data.Batch(
+        Batch(
             image=np.concatenate([p["image"] for p in step]),
             label=np.concatenate([p["label"] for p in step]),
             mask=np.concatenate([p["mask"] for p in step]),
@@ -138,18 +140,18 @@ def test_augmentation_reaches_every_offset_and_both_directions():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(data.DataError, match="batch size 10, processes 4"):
+    with pytest.raises(DataError, match="batch size 10, processes 4"):
         numbered().train(10, seed=0, process_count=4)
-    with pytest.raises(data.DataError, match="batch size 0, processes 1"):
+    with pytest.raises(DataError, match="batch size 0, processes 1"):
         numbered().evaluate(0)
 
 
 def test_digits_have_a_fixed_stratified_split():
-    dataset = data.digits()
+    dataset = digits()
     assert (dataset.train_size, dataset.eval_size, dataset.num_classes) == (1257, 540, 10)
     assert dataset.train_images.shape == (1257, 8, 8, 1)
     assert dataset.train_images.max() == 255
-    np.testing.assert_array_equal(dataset.eval_images, data.digits().eval_images)
+    np.testing.assert_array_equal(dataset.eval_images, digits().eval_images)
     share = np.bincount(dataset.eval_labels) / np.bincount(np.concatenate([dataset.eval_labels, dataset.train_labels]))
     assert (np.abs(share - 0.3) < 0.01).all()
     train = {image.tobytes() for image in dataset.train_images}
@@ -157,7 +159,7 @@ def test_digits_have_a_fixed_stratified_split():
 
 
 def test_fashion_mnist(data_dir):
-    dataset = data.fashion_mnist(data_dir)
+    dataset = fashion_mnist(data_dir)
     assert (dataset.train_size, dataset.eval_size, dataset.num_classes) == (60_000, 10_000, 10)
     assert dataset.image_shape == (28, 28, 1)
     assert (np.bincount(dataset.train_labels) == 6000).all()
@@ -169,7 +171,7 @@ def test_fashion_mnist(data_dir):
 
 
 def test_cifar10(data_dir):
-    dataset = data.cifar10(data_dir)
+    dataset = cifar10(data_dir)
     assert (dataset.train_size, dataset.eval_size, dataset.num_classes) == (50_000, 10_000, 10)
     assert dataset.image_shape == (32, 32, 3)
     # The copy to develop with is re-encoded as JPEG, which moves the channels' means by a few hundredths.

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.data.dataset import Batch, DataError
 from experiments.data.photographs import photographs
 
 KEYS = ("image", "label", "mask")
 
 
-def take(stream, count: int) -> list[data.Batch]:
+def take(stream, count: int) -> list[Batch]:
     batches = list(itertools.islice(stream, count))
     stream.close()
     return batches
@@ -106,7 +106,7 @@ def test_there_are_no_more_worker_processes_than_batches(make_dataset, photos, t
 def test_an_error_in_a_worker_process_arrives_as_it_is(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": [b"broken"] * 6, "test": photos})
     dataset = photographs("tiny", str(tmp_path), image_size=16, max_unreadable=3, workers=1)
-    with pytest.raises(data.DataError, match="More than 3 images of tiny/train cannot be read"):
+    with pytest.raises(DataError, match="More than 3 images of tiny/train cannot be read"):
         next(dataset.train(4, seed=0))
 
 
@@ -116,7 +116,7 @@ def test_a_worker_process_that_is_killed_is_one_message(make_dataset, photos, tm
     next(batches)
     for worker in multiprocessing.active_children():
         worker.kill()
-    with pytest.raises(data.DataError, match=r"a worker that reads images is gone .*exit code -9"):
+    with pytest.raises(DataError, match=r"a worker that reads images is gone .*exit code -9"):
         take(batches, 100)
 
 
@@ -186,14 +186,14 @@ def test_evaluation_masks_an_unreadable_image(make_dataset, photos, tmp_path, ca
 def test_too_many_unreadable_images_are_an_error_that_names_them(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": photos, "test": [b"broken", photos[1], b"broken", photos[3], b"broken"]})
     dataset = photographs("tiny", str(tmp_path), image_size=16, max_unreadable=2)
-    with pytest.raises(data.DataError, match=r"More than 2 images of tiny/test .* among them 0.jpg, 2.jpg, 4.jpg"):
+    with pytest.raises(DataError, match=r"More than 2 images of tiny/test .* among them 0.jpg, 2.jpg, 4.jpg"):
         list(dataset.evaluate(5))
 
 
 def test_a_dataset_without_one_readable_image_is_an_error(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": [b"broken"] * 2, "test": photos})
     dataset = photographs("tiny", str(tmp_path), image_size=16)
-    with pytest.raises(data.DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         next(dataset.train(2, seed=0))
 
 

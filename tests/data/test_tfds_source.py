@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from experiments import data
+from experiments.data.dataset import DataError
 from experiments.data.tfds_source import open_split
 
 
 def message(name: str, data_dir, split: str = "train") -> str:
-    with pytest.raises(data.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         open_split(name, str(data_dir), split)
     return str(caught.value)
 
@@ -47,7 +47,7 @@ def test_imagenet_must_be_downloaded_by_hand(tmp_path):
 def test_the_default_directory_is_named_when_none_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.data.tfds_source.DATA_DIR", tmp_path)
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
-    with pytest.raises(data.DataError, match=re.escape(f"no dataset 'cifar10' in {tmp_path}")) as caught:
+    with pytest.raises(DataError, match=re.escape(f"no dataset 'cifar10' in {tmp_path}")) as caught:
         open_split("cifar10", None, "train")
     assert "tfds.builder('cifar10', file_format='array_record')" in str(caught.value)
 
@@ -112,7 +112,7 @@ def test_damage_inside_a_file(tiny, tmp_path):
     content[4000:6000] = bytes(2000)
     path.write_bytes(content)
     split = open_split("tiny", str(tmp_path), "train")
-    with pytest.raises(data.DataError, match=r"A file of tiny/train is damaged: .*\nDelete the folder"):
+    with pytest.raises(DataError, match=r"A file of tiny/train is damaged: .*\nDelete the folder"):
         split.read(range(len(split)))
 
 
@@ -133,5 +133,5 @@ def test_labels_that_are_not_public(make_dataset, photos, tmp_path):
     split = open_split("tiny", str(tmp_path), "train")
     fewer = dataclasses.replace(split, num_classes=2)
     assert fewer.read([0, 1]) == split.read([0, 1])
-    with pytest.raises(data.DataError, match=r"2\.jpg in tiny/train has the label 2, which is none of the 2 classes"):
+    with pytest.raises(DataError, match=r"2\.jpg in tiny/train has the label 2, which is none of the 2 classes"):
         fewer.read([2])

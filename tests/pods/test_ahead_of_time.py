@@ -24,7 +24,7 @@ from experiments.ahead_of_time import (
 )
 from experiments.chips import topology
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
-from experiments.console import RunError
+from experiments.ending import RunError
 from ltp_jax import models
 
 ROOT = Path(__file__).parents[2]

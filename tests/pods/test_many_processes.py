@@ -44,7 +44,7 @@ print("sharers", sharers_of_cores())
 APART = """
 import sys
 from experiments import digits, distributed
-from experiments.console import run_command
+from experiments.ending import run_command
 
 distributed.SHARED_WITHIN = 1
 folder, *words = sys.argv[1:]
@@ -55,7 +55,7 @@ run_command(digits.main)
 DIFFERENT = """
 import sys
 from experiments import digits
-from experiments.console import run_command
+from experiments.ending import run_command
 
 folder, *words = sys.argv[1:]
 sys.argv = ["digits.py", f"--workdir={folder}", f"--train.epochs={2 + int(words[-1][-1])}", *words]

@@ -14,7 +14,7 @@ import threading
 import time
 
 from experiments import digits, run
-from experiments.console import run_command
+from experiments.ending import run_command
 from ltp_jax.trail import Trail
 
 
