@@ -21,17 +21,11 @@ from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare import HELD_OUT, NETWORKS
 from experiments.compare_report import read_cell, read_cells, save_picture, spread
 from experiments.components import kernel_decay, weights_optimizer
-from experiments.config import (
-    ConfigError,
-    TrainConfig,
-    read_options,
-    require_checkpoint_path,
-    require_local,
-    require_seeds,
-    write_json,
-)
+from experiments.config import TrainConfig
 from experiments.ending import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
+from experiments.options import ConfigError, read_options, require_checkpoint_path, require_local, require_seeds
+from experiments.record import write_json
 from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from experiments.config import ConfigError
+from experiments.options import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,13 @@ from experiments.compare_settings import (
     make_pruner,
     without_decay,
 )
-from experiments.config import (
+from experiments.config import TrainConfig
+from experiments.data.in_memory import InMemoryDataset
+from experiments.data.tfds_in_memory import cifar10, fashion_mnist
+from experiments.ending import run_command
+from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
+from experiments.options import (
     ConfigError,
-    TrainConfig,
     read_options,
     require,
     require_any,
@@ -39,12 +43,8 @@ from experiments.config import (
     require_compressions,
     require_local,
     require_seeds,
-    write_json,
 )
-from experiments.data.in_memory import InMemoryDataset
-from experiments.data.tfds_in_memory import cifar10, fashion_mnist
-from experiments.ending import run_command
-from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
+from experiments.record import write_json
 
 HELD_OUT = 10_000  # training images that settings are judged on
 

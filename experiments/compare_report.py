@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.config import ConfigError
+from experiments.options import ConfigError
 from ltp_jax.target import planned_density
 
 LABELS = {

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 import ltp_jax as ltp
-from experiments.config import ConfigError, LtpConfig, TrainConfig
+from experiments.config import LtpConfig, TrainConfig
 from experiments.data.dataset import Dataset
+from experiments.options import ConfigError
 from ltp_jax.adapters import linen_apply
 from ltp_jax.checkpoints import TrailError
 from ltp_jax.costs import uses_per_input

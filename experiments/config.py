@@ -1,32 +1,18 @@
-"""The typed configuration of a run, its command line, and its record in the working directory."""
+"""The typed configuration of a run, and its command line."""
 
 import argparse
 import dataclasses
-import errno
-import json
-import math
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-import tyro
-
-from ltp_jax.checkpoints import TrailError, checkpoint_path
+from experiments.options import ConfigError, read_options, require, require_checkpoint_path, require_local
 
 C = TypeVar("C", bound="Config")
-T = TypeVar("T")
 
-FLOAT32 = np.finfo(np.float32)
 WEEK = 7 * 24 * 3600  # JAX cannot take more than a certain number of seconds
-
-
-class ConfigError(Exception):
-    """Options that cannot be carried out. The message says which, and what is accepted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,93 +242,6 @@ class Config:
         self.distributed.check()
 
 
-def require(condition: bool, flag: str, value: Any, accepted: str) -> None:
-    """Raises ConfigError if an option's value is not accepted, or a number that float32 makes infinite or zero."""
-    if isinstance(value, float) and not abs(value) <= float(FLOAT32.max):
-        raise ConfigError(f"{flag} is {value}; accepted is {accepted}, and finite in float32")
-    if isinstance(value, float) and 0 < abs(value) < float(FLOAT32.tiny):
-        raise ConfigError(f"{flag} is {value}, which is zero in float32; accepted is {accepted}")
-    if not condition:
-        raise ConfigError(f"{flag} is {value}; accepted is {accepted}")
-
-
-def require_seeds(option: str, seeds: Sequence[int]) -> None:
-    """Raises ConfigError if there are none, or one of them is impossible or there twice."""
-    require_any(option, seeds)
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"{option} has {seed}; accepted is 0 to 4294967295")
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{option} has one of them twice; accepted is each once")
-
-
-def require_any(flag: str, values: Sequence[Any]) -> None:
-    """Raises ConfigError if an option that takes several values has none."""
-    if not values:
-        raise ConfigError(f"{flag} is empty; accepted is one or more")
-
-
-def require_compressions(flag: str, values: Sequence[float]) -> None:
-    """Raises ConfigError for the first value that is no compression."""
-    for value in values:
-        if not 1 < value < math.inf:
-            raise ConfigError(f"{flag} has {value:g}; accepted is a finite number, more than 1")
-
-
-def require_local(options: Any, *names: str) -> None:
-    """Raises ConfigError if one of these options names a bucket, and not a path of this machine."""
-    accepted = "a path of this machine, such as one in a bucket that is mounted"
-    for name in names:
-        path = getattr(options, name)
-        # As a path, gs://bucket/run is a folder named gs: in the current one.
-        is_local = re.match("[a-z][a-z0-9]+:/", str(path)) is None
-        require(is_local, f"--{name.replace('_', '-')}", path, accepted)
-
-
-def require_checkpoint_path(flag: str, path: Path) -> None:
-    """Raises ConfigError if there can be no checkpoints in a path, or below it."""
-    try:
-        checkpoint_path(path)
-    except TrailError as error:
-        raise ConfigError(f"{flag}: {error}") from error
-
-
-def require_writable(flag: str, path: Path) -> None:
-    """Raises ConfigError if a file cannot be written, before the work whose result it is to hold. Makes its folder."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{flag} is {path}, which cannot be written: {error.strerror or error}") from error
-
-
-def read_options(kind: type[T], *, prog: str, **settings: Any) -> T:
-    """The options that a command line asks for: an instance of ``kind``, checked, with ``~`` as the home directory.
-
-    Args:
-      kind: a dataclass with a method ``check``, or a union of such.
-      prog: the command.
-      **settings: what else ``tyro.cli`` takes.
-
-    Raises:
-      ConfigError: for an impossible value.
-      SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
-    """
-    options: Any = tyro.cli(kind, prog=prog, **settings)
-    paths = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    try:
-        # Not every shell does this behind the "=" of an option.
-        paths = {name: path.expanduser() for name, path in paths.items() if isinstance(path, Path)}
-    except RuntimeError as error:
-        raise ConfigError(f"a path that begins with ~ has no meaning here: {error}") from error
-    options = dataclasses.replace(options, **paths)
-    options.check()
-    return options
-
-
 def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None = None) -> C:
     """The configuration that a command line asks for.
 
@@ -372,100 +271,3 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
         other, goal = ("a penalty", "a target") if config.ltp.to_target else ("a target", "a penalty")
         raise ConfigError(f"{' and '.join(idle)} would do nothing: this run prunes to {goal}, not to {other}")
     return config
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The configuration as nested dicts of JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-OF_A_PROCESS = ("workdir", "data_dir", "tensorboard", "workers", "max_unreadable", "dry_run_timeout")
-"""Options that say where things lie for a process, and how it does its part."""
-
-
-def of_a_job(config: Config) -> dict[str, Any]:
-    """The options that all processes of a job have to have, by their names."""
-    return {
-        name: value
-        for name, value in _flat(to_json(config)).items()
-        if name not in OF_A_PROCESS and not name.startswith("distributed.")
-    }
-
-
-def record(config: Config, *, weights: str | None = None, write: bool = True) -> None:
-    """Writes the configuration to the working directory, or checks that it is the one that is there.
-
-    A run goes on only with the options that it began with; where data lie, what is shown, how many processes and
-    devices share the work, when it gives up, and what has no meaning for it may change. Where nothing of a run was
-    saved yet, everything may.
-
-    Args:
-      config: the options.
-      weights: digest of the published weights that the run begins from, if it does. Their file may have moved.
-      write: whether this process writes the file, as one of a job does; all of them check it.
-
-    Raises:
-      ConfigError: if the directory holds a run with other options, naming them, or one without a record of them.
-    """
-    path = config.workdir / "config.json"
-    new = to_json(config) | ({"weights": weights} if weights else {})
-    if _was_begun(config):
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{config.workdir} holds what a run saved, but no record of its options can be read there ({error}); "
-                "choose another --workdir"
-            ) from error
-        free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
-        if weights and old.get("weights") == weights:
-            free.add("pretrained")
-        changed = [
-            f"--{key.replace('_', '-')} {how}"
-            for key, how in differences(_flat(old), _flat(new)).items()
-            if key not in free and key != "weights" and not key.startswith("distributed.")
-        ]
-        if weights and "pretrained" not in free:
-            changed.append("--pretrained has other weights now")
-        if changed:
-            raise ConfigError(
-                f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
-                "Choose another --workdir, or the same options to go on with that run"
-            )
-    if write:
-        write_json(path, new)
-
-
-def _was_begun(config: Config) -> bool:
-    """Whether a run has saved anything that another one would go on from."""
-    folders = (config.workdir / name for name in ("pretrain", "trail", "resume"))
-    return config.own_dense.is_dir() or any(any(folder.glob("[0-9]*")) for folder in folders)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What each value that is not the same was and is, by its name."""
-    return {
-        name: f"was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name)
-    }
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a record, and the folder it lies in; the file is there as a whole or not at all."""
-    write_whole(path, json.dumps(values, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, and the folder it lies in; the file is there as a whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    items = {}
-    for key, value in tree.items():
-        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return items

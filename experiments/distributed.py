@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.config import ConfigError, DistributedConfig
+from experiments.config import DistributedConfig
 from experiments.ending import CONFIG_ERROR, has_others
+from experiments.options import ConfigError
 
 START_SLACK = 60
 """Seconds that JAX may still take for joining the processes after this project's patience with them has ended."""

@@ -17,8 +17,10 @@ from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, T
 from experiments.chips import Topology
 from experiments.chips import topology as find_topology
 from experiments.components import check_batch, init_network, ltp_pruner, network_uses, weights_optimizer
-from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, write_json
+from experiments.config import LtpConfig, MeshConfig, TrainConfig
 from experiments.ending import RunError
+from experiments.options import ConfigError
+from experiments.record import write_json
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state

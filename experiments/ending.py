@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from experiments.config import ConfigError
 from experiments.data.dataset import DataError
+from experiments.options import ConfigError
 from ltp_jax.checkpoints import TrailError
 
 log = logging.getLogger("experiments")

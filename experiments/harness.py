@@ -19,8 +19,10 @@ import optax
 
 import ltp_jax as ltp
 from experiments.components import check_network, init_network, normalising_apply, weights_optimizer
-from experiments.config import ConfigError, TrainConfig, differences, write_json
+from experiments.config import TrainConfig
 from experiments.data.in_memory import InMemoryDataset
+from experiments.options import ConfigError
+from experiments.record import differences, write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import restore_network, save_network
 from ltp_jax.pruner import Pruner, dense

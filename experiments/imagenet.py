@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import dry_run
-from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, parse, require, require_local
+from experiments.config import Config, LtpConfig, TrainConfig, parse
 from experiments.console import log
 from experiments.data.dataset import DataError, Dataset
 from experiments.data.photographs import is_imagenet, photographs, usable_cores
@@ -24,6 +24,7 @@ from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize, sharers_of_cores
 from experiments.dry_run import COMPILE_TIMEOUT
 from experiments.ending import run_command
+from experiments.options import ConfigError, require, require_local
 from experiments.run import Start, run, trains_dense
 from ltp_jax import models, pretrained
 from ltp_jax.pretrained import PretrainedError, WeightSettings

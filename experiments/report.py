@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.config import write_json
+from experiments.record import write_json
 from ltp_jax.trail import Entry, Trail, pareto
 
 

@@ -1,10 +1,8 @@
 """A whole run: train a dense network or take one, prune it epoch by epoch into a trail, and report."""
 
 import contextlib
-import fcntl
 import functools
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,10 +26,12 @@ from experiments.components import (
     normalising_apply,
     weights_optimizer,
 )
-from experiments.config import Config, ConfigError, LtpConfig, TrainConfig, of_a_job, record
+from experiments.config import Config, LtpConfig, TrainConfig
 from experiments.console import MetricsWriter, log, progress_bar, start_logging
 from experiments.data.dataset import Dataset
 from experiments.ending import Preempted, RunError, nobody_waits
+from experiments.options import ConfigError
+from experiments.record import of_a_job, only_writer, record
 from ltp_jax.checkpoints import Resume, TrailError, holds_network, restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import global_batch, jit_beginning, jit_step, make_mesh, replicated
@@ -110,34 +110,6 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
             console.print(report.terminal_table(trail))
             log.info("report: %s", paths["table"])
     return trail
-
-
-@contextlib.contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of a directory, which is made if it is not there, until this is left or the process ends.
-
-    Raises:
-      RunError: if another run is in it. Where the file system has no locks, nobody is kept out.
-      ConfigError: if it is a file.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(
-            f"--workdir is {directory}, which is a file; accepted is a directory, or a name for a new one"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                f"another run is writing to {directory}; wait for its end, or choose another --workdir"
-            ) from error
-        except OSError as error:
-            log.debug("%s cannot be locked: %s", directory, error)
-        yield
-    finally:
-        os.close(handle)
 
 
 def check_options(config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from experiments.ahead_of_time import Figures
 from experiments.benchmarks import input_pipeline, lean_step, seeds, targets
-from experiments.config import ConfigError
+from experiments.options import ConfigError
 from ltp_jax.trail import Entry
 
 

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from experiments import distributed, ending
-from experiments.config import ConfigError, DistributedConfig
+from experiments.config import DistributedConfig
 from experiments.ending import START_AGAIN, explain, lost_process, run_command
+from experiments.options import ConfigError
 from ltp_jax.checkpoints import TrailError
 
 ROOT = Path(__file__).parents[1]

@@ -22,13 +22,15 @@ from tensorboardX.proto.event_pb2 import Event
 
 from experiments import report
 from experiments import run as runs
-from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig, parse, record, to_json, write_json
+from experiments.config import LtpConfig, MeshConfig, TrainConfig, parse
 from experiments.console import MetricsWriter
 from experiments.data.dataset import DataError
 from experiments.data.digits import digits
 from experiments.digits import DigitsConfig
 from experiments.ending import RunError, run_command
 from experiments.fashion_mnist import PRESETS
+from experiments.options import ConfigError
+from experiments.record import record, to_json, write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
 from ltp_jax.pruner import dense

@@ -15,10 +15,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from experiments import imagenet, run
-from experiments.config import ConfigError, parse, record, to_json
+from experiments.config import parse
 from experiments.data.digits import digits
 from experiments.dry_run import activation_bytes
 from experiments.ending import START_AGAIN
+from experiments.options import ConfigError
+from experiments.record import record, to_json
 from ltp_jax import models, pretrained
 from ltp_jax.models.torch_names import torch_names
 from ltp_jax.pretrained import _template, _torch_shape

@@ -33,10 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.config import ConfigError, read_options, require, require_local, require_writable, write_whole
 from experiments.data.photographs import photographs
 from experiments.data.tfds_source import Example, open_split
 from experiments.ending import run_command
+from experiments.options import ConfigError, read_options, require, require_local, require_writable
+from experiments.record import write_whole
 
 LOADER = "this loader"
 

@@ -25,20 +25,12 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.chips import topology
-from experiments.config import (
-    ConfigError,
-    LtpConfig,
-    TrainConfig,
-    read_options,
-    require,
-    require_any,
-    require_local,
-    require_writable,
-    write_whole,
-)
+from experiments.config import LtpConfig, TrainConfig
 from experiments.data.photographs import usable_cores
 from experiments.dry_run import IMAGENET_TRAIN_SIZE
 from experiments.ending import run_command
+from experiments.options import ConfigError, read_options, require, require_any, require_local, require_writable
+from experiments.record import write_whole
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
 

@@ -14,15 +14,9 @@ from typing import Literal
 
 import tyro
 
-from experiments.config import (
-    read_options,
-    require_checkpoint_path,
-    require_local,
-    require_seeds,
-    require_writable,
-    write_json,
-)
 from experiments.ending import RunError, run_command
+from experiments.options import read_options, require_checkpoint_path, require_local, require_seeds, require_writable
+from experiments.record import write_json
 from ltp_jax.checkpoints import TrailError
 from ltp_jax.trail import Trail
 

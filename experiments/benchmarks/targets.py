@@ -20,10 +20,10 @@ import numpy as np
 import ltp_jax as ltp
 from experiments.benchmarks.lean_step import PAPER, check_arch, read, write
 from experiments.components import budget_left, init_network, ltp_pruner, network_uses, weights_optimizer
-from experiments.config import (
+from experiments.config import LtpConfig, TrainConfig
+from experiments.ending import run_command
+from experiments.options import (
     ConfigError,
-    LtpConfig,
-    TrainConfig,
     read_options,
     require,
     require_any,
@@ -32,7 +32,6 @@ from experiments.config import (
     require_seeds,
     require_writable,
 )
-from experiments.ending import run_command
 from ltp_jax import models
 from ltp_jax.adapters import linen_apply
 from ltp_jax.target import planned_density

@@ -12,9 +12,10 @@ import pytest
 import ltp_jax as ltp
 from experiments import ablation, ablation_variants, compare
 from experiments.ablation_variants import Job, Variant
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import TrainConfig
 from experiments.data.digits import digits
 from experiments.harness import Harness
+from experiments.options import ConfigError
 from ltp_jax.penalty import LearnedThresholdState
 from ltp_jax.pruner import Pruner
 from ltp_jax.target import TargetState, target_density

@@ -17,10 +17,12 @@ from experiments import compare
 from experiments import compare_settings as settings
 from experiments import run as runs
 from experiments.components import weights_optimizer
-from experiments.config import ConfigError, LtpConfig, TrainConfig, parse, write_json
+from experiments.config import LtpConfig, TrainConfig, parse
 from experiments.data.digits import digits
 from experiments.digits import DigitsConfig
 from experiments.harness import Harness, augmented, hold_out
+from experiments.options import ConfigError
+from experiments.record import write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import save_network
 from ltp_jax.pruner import dense

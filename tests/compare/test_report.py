@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import compare_report
-from experiments.config import ConfigError, write_json
+from experiments.options import ConfigError
+from experiments.record import write_json
 
 
 def cell(method, compression, seed, top1, achieved):

@@ -12,7 +12,8 @@ import tyro
 
 from experiments import compare, compare_report
 from experiments import compare_settings as settings
-from experiments.config import ConfigError, write_json
+from experiments.options import ConfigError
+from experiments.record import write_json
 
 
 def tuned(method, trial, **figures):

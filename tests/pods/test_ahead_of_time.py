@@ -23,8 +23,9 @@ from experiments.ahead_of_time import (
     needed_bytes,
 )
 from experiments.chips import topology
-from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
+from experiments.config import LtpConfig, MeshConfig, TrainConfig
 from experiments.ending import RunError
+from experiments.options import ConfigError
 from ltp_jax import models
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,142 @@
+"""What a working directory tells of its run: the options that it began with, and whether it is still being written."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config
+from experiments.ending import RunError
+from experiments.options import ConfigError
+
+log = logging.getLogger("experiments")
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts of JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+OF_A_PROCESS = ("workdir", "data_dir", "tensorboard", "workers", "max_unreadable", "dry_run_timeout")
+"""Options that say where things lie for a process, and how it does its part."""
+
+
+def of_a_job(config: Config) -> dict[str, Any]:
+    """The options that all processes of a job have to have, by their names."""
+    return {
+        name: value
+        for name, value in _flat(to_json(config)).items()
+        if name not in OF_A_PROCESS and not name.startswith("distributed.")
+    }
+
+
+def record(config: Config, *, weights: str | None = None, write: bool = True) -> None:
+    """Writes the configuration to the working directory, or checks that it is the one that is there.
+
+    A run goes on only with the options that it began with; where data lie, what is shown, how many processes and
+    devices share the work, when it gives up, and what has no meaning for it may change. Where nothing of a run was
+    saved yet, everything may.
+
+    Args:
+      config: the options.
+      weights: digest of the published weights that the run begins from, if it does. Their file may have moved.
+      write: whether this process writes the file, as one of a job does; all of them check it.
+
+    Raises:
+      ConfigError: if the directory holds a run with other options, naming them, or one without a record of them.
+    """
+    path = config.workdir / "config.json"
+    new = to_json(config) | ({"weights": weights} if weights else {})
+    if _was_begun(config):
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{config.workdir} holds what a run saved, but no record of its options can be read there ({error}); "
+                "choose another --workdir"
+            ) from error
+        free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
+        if weights and old.get("weights") == weights:
+            free.add("pretrained")
+        changed = [
+            f"--{key.replace('_', '-')} {how}"
+            for key, how in differences(_flat(old), _flat(new)).items()
+            if key not in free and key != "weights" and not key.startswith("distributed.")
+        ]
+        if weights and "pretrained" not in free:
+            changed.append("--pretrained has other weights now")
+        if changed:
+            raise ConfigError(
+                f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
+                "Choose another --workdir, or the same options to go on with that run"
+            )
+    if write:
+        write_json(path, new)
+
+
+def _was_begun(config: Config) -> bool:
+    """Whether a run has saved anything that another one would go on from."""
+    folders = (config.workdir / name for name in ("pretrain", "trail", "resume"))
+    return config.own_dense.is_dir() or any(any(folder.glob("[0-9]*")) for folder in folders)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What each value that is not the same was and is, by its name."""
+    return {
+        name: f"was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a record, and the folder it lies in; the file is there as a whole or not at all."""
+    write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, and the folder it lies in; the file is there as a whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    items = {}
+    for key, value in tree.items():
+        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of a directory, which is made if it is not there, until this is left or the process ends.
+
+    Raises:
+      RunError: if another run is in it. Where the file system has no locks, nobody is kept out.
+      ConfigError: if it is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(
+            f"--workdir is {directory}, which is a file; accepted is a directory, or a name for a new one"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another run is writing to {directory}; wait for its end, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            log.debug("%s cannot be locked: %s", directory, error)
+        yield
+    finally:
+        os.close(handle)
