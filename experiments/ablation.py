@@ -18,8 +18,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments.ablation_variants import VARIANTS, Job, Variant
-from experiments.compare import HELD_OUT, NETWORKS
-from experiments.compare_report import read_cell, read_cells, save_picture, spread
+from experiments.compare_cells import read_cell, read_cells
+from experiments.compare_networks import HELD_OUT, NETWORKS
+from experiments.compare_report import save_picture, spread
 from experiments.components import kernel_decay, weights_optimizer
 from experiments.config import TrainConfig
 from experiments.ending import run_command

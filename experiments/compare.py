@@ -9,13 +9,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import tyro
 
 from experiments import compare_report
-from experiments.compare_report import Cell
+from experiments.compare_cells import Cell, read_cell, read_cells, select
+from experiments.compare_networks import HELD_OUT, NETWORKS
 from experiments.compare_settings import (
     FIRST_TRIALS,
     TRIALS,
@@ -30,8 +31,7 @@ from experiments.compare_settings import (
     without_decay,
 )
 from experiments.config import TrainConfig
-from experiments.data.in_memory import InMemoryDataset
-from experiments.data.tfds_in_memory import cifar10, fashion_mnist
+from experiments.data.tfds_in_memory import cifar10
 from experiments.ending import run_command
 from experiments.harness import Harness, Run, augmented, hold_out, what_is_left
 from experiments.options import (
@@ -45,50 +45,6 @@ from experiments.options import (
     require_seeds,
 )
 from experiments.record import write_json
-
-HELD_OUT = 10_000  # training images that settings are judged on
-
-
-class Setup(NamedTuple):
-    """How methods are compared on a network.
-
-    Attributes:
-      load: its dataset; the function has the name of the dataset.
-      pretrain: how it is trained before it is pruned.
-      train: and while it is.
-      compressions: those of the grid.
-      tuning_compressions: those that settings are judged at, by the mean over them.
-    """
-
-    load: Callable[[str | None], InMemoryDataset]
-    pretrain: TrainConfig
-    train: TrainConfig
-    compressions: tuple[float, ...] = (8, 16, 32, 64, 128)
-    tuning_compressions: tuple[int, ...] = (32,)
-
-
-NETWORKS = {
-    "lenet_300_100": Setup(
-        fashion_mnist,
-        TrainConfig(epochs=15, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
-        TrainConfig(epochs=10, batch_size=128, learning_rate=0.1, weight_decay=5e-4),
-        tuning_compressions=(32, 128),
-    ),
-    "lenet5": Setup(
-        fashion_mnist,
-        TrainConfig(epochs=6, batch_size=128, learning_rate=0.02, warmup_epochs=1, weight_decay=5e-4),
-        TrainConfig(epochs=5, batch_size=128, learning_rate=0.02, weight_decay=5e-4),
-    ),
-    "resnet20": Setup(
-        cifar10,
-        # Three core-minutes an epoch: as much as a grid of runs can have, and far from convergence.
-        TrainConfig(epochs=5, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
-        TrainConfig(epochs=3, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
-        compressions=(5, 10, 20),
-        tuning_compressions=(20,),
-    ),
-}
-
 
 OF_SOME_COMMANDS = {
     "methods": ("tune", "run"),
@@ -219,7 +175,7 @@ def fill(
 
 def stored(path: Path, trial: Trial, train: TrainConfig) -> Cell | None:
     """The run of a file; None if there is none, or one with another setting or of another number of epochs."""
-    cell = compare_report.read_cell(path) if path.exists() else None
+    cell = read_cell(path) if path.exists() else None
     if cell is None or Trial(**cell["trial"]) != trial or cell["epochs_trained"] != train.epochs:
         return None
     return cell
@@ -365,12 +321,12 @@ def search_decay(
 
     while True:
         files = sorted([*path.parent.glob(f"str_*_{seed}.json"), *searched.glob(f"*_{seed}.json")])
-        same = [cell for cell in map(compare_report.read_cell, files) if without_decay(cell) == trial]
-        same = compare_report.select(same, epochs_trained=train.epochs)
+        same = [cell for cell in map(read_cell, files) if without_decay(cell) == trial]
+        same = select(same, epochs_trained=train.epochs)
         tried = {cell["trial"]["weight_decay"]: cell for cell in same}
         own = sorted(tried.values(), key=distance)
         found = decay_for(compression, trial, own, tuned)
-        enough = len(compare_report.select(own, compression=compression)) >= 5 or found.weight_decay in tried
+        enough = len(select(own, compression=compression)) >= 5 or found.weight_decay in tried
         if own and (enough or distance(own[0]) < math.log(1.05)):
             write_json(path, own[0] | {"compression": compression})
             return Trial(**own[0]["trial"])
@@ -382,7 +338,7 @@ def main() -> None:
     setup = NETWORKS[config.arch]
     if config.command == "report":
         runs, held_out = folder(config), folder(config, held_out=True)
-        compared, tuned = compare_report.read_cells(runs), compare_report.read_cells(held_out)
+        compared, tuned = read_cells(runs), read_cells(held_out)
         if not compared and not tuned:
             raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run')}")
         if compared:

@@ -3,16 +3,14 @@
 import itertools
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.options import ConfigError
+from experiments.compare_cells import OWN, Cell, read_cells, select
 from ltp_jax.target import planned_density
 
 LABELS = {
@@ -24,48 +22,8 @@ LABELS = {
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
-OWN = ("ltp", "ltp_leak")
-"""Those that are ours."""
 SIDE_BY_SIDE = (*OWN, "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""
-
-Cell = dict[str, Any]
-
-KEYS = (
-    "network",
-    "dataset",
-    "method",
-    "compression",
-    "seed",
-    "trial",
-    "epochs_trained",
-    "achieved",
-    "top1",
-    "dense_top1",
-    "densities",
-    "epochs",
-)
-"""What a run of the comparison tells."""
-
-
-def read_cell(path: Path, keys: Sequence[str] = KEYS) -> Cell:
-    """A run. Raises ConfigError if the file is no such thing, or lacks one of the keys."""
-    try:
-        cell = dict(json.loads(path.read_text()))
-        if lacking := [key for key in keys if key not in cell]:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is no record of a run ({error}); remove it, and it is run again") from error
-    return cell
-
-
-def read_cells(folder: Path, keys: Sequence[str] = KEYS) -> list[Cell]:
-    """All runs of a folder, by file name, in which a number comes before a larger one."""
-
-    def parts(path: Path) -> list[str | int]:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    return [read_cell(path, keys) for path in sorted(folder.glob("*.json"), key=parts)]
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
@@ -88,11 +46,6 @@ def write(folder: Path, docs: Path) -> list[Path]:
     for path, (draw, shown) in drawn.items():
         draw(shown, path)
     return [table, *drawn]
-
-
-def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
-    """The cells that have all of these values."""
-    return [cell for cell in cells if all(cell[key] == value for key, value in wanted.items())]
 
 
 def spread(values: Sequence[float]) -> str:

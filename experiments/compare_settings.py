@@ -12,8 +12,8 @@ from typing import NamedTuple
 import optax
 
 import ltp_jax as ltp
-from experiments import baselines, compare_report
-from experiments.compare_report import Cell
+from experiments import baselines
+from experiments.compare_cells import OWN, Cell, select
 from experiments.components import weights_optimizer
 from experiments.config import TrainConfig
 from ltp_jax.pruner import Pruner, dense
@@ -109,7 +109,7 @@ def selected(prune: float) -> float:
 
 def borrowed(method: str, trial: Trial) -> Trial:
     """A method's setting with rate, decay and descent of another's; the leak and when masks are fixed are its own."""
-    select = selected(trial.prune) if method in compare_report.OWN else 0.0
+    select = selected(trial.prune) if method in OWN else 0.0
     return dataclasses.replace(trial, select=select, leak=leak_of(method))
 
 
@@ -222,7 +222,7 @@ def chosen(method: str, tuned: Sequence[Cell], compressions: Sequence[float]) ->
     between; the decay is that of ``decay_for`` then. Of settings that are equally good it is the first in the list.
     """
     groups: dict[Trial, list[Cell]] = {}
-    for cell in compare_report.select(tuned, method=method):
+    for cell in select(tuned, method=method):
         trial = without_decay(cell) if method == "str" else Trial(**cell["trial"])
         groups.setdefault(trial, []).append(cell)
 

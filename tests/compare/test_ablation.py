@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import ltp_jax as ltp
-from experiments import ablation, ablation_variants, compare
+from experiments import ablation, ablation_variants, compare_networks
 from experiments.ablation_variants import Job, Variant
 from experiments.config import TrainConfig
 from experiments.data.digits import digits
@@ -155,7 +155,9 @@ def test_penalties_in_units_of_the_spread(make, whole, half, scale):
 def small(monkeypatch, tmp_path):
     """The ablation on digits: ``small(*words)`` is its command; the folder of its results."""
     train = TrainConfig(epochs=1, batch_size=128, learning_rate=0.05)
-    monkeypatch.setitem(compare.NETWORKS, ablation.ARCH, compare.Setup(lambda data_dir: digits(), train, train))
+    monkeypatch.setitem(
+        compare_networks.NETWORKS, ablation.ARCH, compare_networks.Setup(lambda data_dir: digits(), train, train)
+    )
     monkeypatch.setattr(ablation, "HELD_OUT", 257)
     monkeypatch.setattr(ablation, "EPOCHS", 3)
 

@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 import ltp_jax as ltp
-from experiments import compare
+from experiments import compare, compare_networks
 from experiments import compare_settings as settings
 from experiments import run as runs
 from experiments.components import weights_optimizer
@@ -204,8 +204,8 @@ def test_hold_out_takes_the_last_training_images():
 
 def test_settings_are_judged_on_training_images_and_methods_on_those_for_evaluation(tmp_path, monkeypatch):
     data, given = digits(), {}
-    setup = compare.NETWORKS["lenet_300_100"]._replace(load=lambda data_dir: data)
-    monkeypatch.setitem(compare.NETWORKS, "lenet_300_100", setup)
+    setup = compare_networks.NETWORKS["lenet_300_100"]._replace(load=lambda data_dir: data)
+    monkeypatch.setitem(compare_networks.NETWORKS, "lenet_300_100", setup)
     monkeypatch.setattr(compare, "HELD_OUT", 100)
     for command, name in (("tune", "tune"), ("run", "grid")):
         monkeypatch.setattr(compare, name, lambda config, harness: given.update({config.command: harness.dataset}))

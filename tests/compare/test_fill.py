@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ltp_jax as ltp
-from experiments import compare, compare_report
+from experiments import compare, compare_cells
 from experiments.compare_settings import Trial, make_pruner
 from experiments.config import TrainConfig
 from experiments.data.digits import digits
@@ -52,7 +52,7 @@ def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
         monkeypatch.setattr(harness, name, judging(getattr(harness, name)))
     compare.fill(harness, TRAIN, [(tmp_path / "cell.json", 1)], method, 8.0, trial)
 
-    cell = compare_report.read_cell(tmp_path / "cell.json")
+    cell = compare_cells.read_cell(tmp_path / "cell.json")
     about = {"network": "lenet_300_100", "dataset": "digits", "method": method, "seed": 1, "epochs_trained": 2}
     assert about | {"compression": None if method == "dense" else 8.0} | cell == cell
     assert Trial(**cell["trial"]) == trial

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import compare_report
+from experiments import compare_cells, compare_report
 from experiments.options import ConfigError
 from experiments.record import write_json
 
@@ -154,10 +154,10 @@ def test_picture_of_the_plan(monkeypatch):
         ("{", "Expecting property name"),
         ("3", "not iterable"),
         ("{}", "it lacks network, dataset, method, compression, seed, .*achieved, top1"),
-        (json.dumps({key: 1 for key in compare_report.KEYS if key != "top1"}), r"it lacks top1\)"),
+        (json.dumps({key: 1 for key in compare_cells.KEYS if key != "top1"}), r"it lacks top1\)"),
     ],
 )
 def test_broken_record_of_a_run_is_said(tmp_path, text, message):
     (tmp_path / "ltp_8_0.json").write_text(text)
     with pytest.raises(ConfigError, match=rf"ltp_8_0.json is no record of a run \(.*{message}.*remove it"):
-        compare_report.read_cells(tmp_path)
+        compare_cells.read_cells(tmp_path)

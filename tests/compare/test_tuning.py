@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import compare, compare_report
+from experiments import compare, compare_cells, compare_networks
 from experiments import compare_settings as settings
 from experiments.options import ConfigError
 from experiments.record import write_json
@@ -19,7 +19,7 @@ from experiments.record import write_json
 def tuned(method, trial, **figures):
     """A run of tuning: on LeNet-300-100, if nothing else is said."""
     about = {"method": method, "trial": dataclasses.asdict(trial), "epochs_trained": 10}
-    return dict.fromkeys(compare_report.KEYS) | about | figures
+    return dict.fromkeys(compare_cells.KEYS) | about | figures
 
 
 def test_tuning_chooses_the_best_mean():
@@ -57,7 +57,7 @@ def test_equally_good_settings_are_told_apart_by_their_place():
 
 
 METHODS = ("dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak")
-TRAIN_5 = compare.NETWORKS["lenet5"].train
+TRAIN_5 = compare_networks.NETWORKS["lenet5"].train
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
 
 
 def test_every_method_has_the_same_number_of_trials():
-    for setup in compare.NETWORKS.values():
+    for setup in compare_networks.NETWORKS.values():
         for method in METHODS:
             for compression in setup.tuning_compressions:
                 nine = settings.trials(method, setup.train, compression)
@@ -164,10 +164,10 @@ def test_every_setting_has_to_have_been_tried_for_as_long(tune):
     # The six behind the ninth have its decay; the first with the larger rate is the best of all now.
     for compression in (32, 128):
         path = compare.tuning_file(config, "gmp_global", settings.Setting(compression, 12, eighth), 0)
-        write_json(path, compare_report.read_cell(path) | {"top1": 95.0})
+        write_json(path, compare_cells.read_cell(path) | {"top1": 95.0})
     thirteenth = settings.Trial(learning_rate=0.2, prune=0.2, weight_decay=2e-3)
     assert settings.chosen("gmp_global", compare.tuning(config, ("gmp_global",)), (32, 128)) == thirteenth
-    write_json(path, compare_report.read_cell(path) | {"epochs_trained": 9})
+    write_json(path, compare_cells.read_cell(path) | {"epochs_trained": 9})
     message = r"1 runs .* tune --arch=lenet_300_100 --results=.* --methods gmp_global --tuning-seeds 0 1"
     with pytest.raises(ConfigError, match=message):
         compare.tuning(config, ("gmp_global",))
@@ -262,7 +262,7 @@ def test_a_comparison_of_other_epochs_is_another_one(tune, monkeypatch):
     ran = []
     monkeypatch.setattr(compare, "fill", lambda harness, *args: ran.append(args))
     compare.grid(config, None)
-    train = dataclasses.replace(compare.NETWORKS["lenet_300_100"].train, epochs=30)
+    train = dataclasses.replace(compare_networks.NETWORKS["lenet_300_100"].train, epochs=30)
     path = config.results / "fashion_mnist_lenet_300_100_30_epochs" / "gmp_global_8_4.json"
     ninth = settings.Trial(learning_rate=0.1, prune=0.8, weight_decay=2e-3)
     assert ran == [(train, [(path, 4)], "gmp_global", 8, ninth)]
@@ -340,7 +340,7 @@ def searched(monkeypatch):
             write_json(cells[0][0], cell)
 
         monkeypatch.setattr(compare, "fill", fill)
-        train, trial = compare.NETWORKS["lenet_300_100"].train, settings.Trial(learning_rate=0.1)
+        train, trial = compare_networks.NETWORKS["lenet_300_100"].train, settings.Trial(learning_rate=0.1)
         return compare.search_decay(None, train, path, 0, compression, trial, tuned_cells)
 
     return search, decays
@@ -355,8 +355,8 @@ def test_the_decay_of_str_is_searched_until_the_compression_is_near(tmp_path, se
     # Both tries are of use to the next compression: the first had 16×.
     search(tmp_path / "str_16_0.json", 16, lambda decay: decay * 8e4)
     assert len(decays) == 2
-    assert compare_report.read_cell(tmp_path / "str_16_0.json")["compression"] == 16
-    assert compare_report.read_cell(tmp_path / "str_16_0.json")["achieved"] == pytest.approx(16)
+    assert compare_cells.read_cell(tmp_path / "str_16_0.json")["compression"] == 16
+    assert compare_cells.read_cell(tmp_path / "str_16_0.json")["achieved"] == pytest.approx(16)
 
 
 def test_a_search_does_not_stop_at_two_tries_of_one_compression(tmp_path, searched):
@@ -388,7 +388,7 @@ def test_seeds_that_are_added_have_the_decay_that_the_first_one_found(tune, monk
     monkeypatch.setattr(compare, "fill", fill)
     for seeds in ((1, 2), (0, 3), (0,)):
         compare.grid(dataclasses.replace(config, command="run", compressions=(8,), seeds=seeds), None)
-    decay = compare_report.read_cell(folder / "str_8_1.json")["trial"]["weight_decay"]
+    decay = compare_cells.read_cell(folder / "str_8_1.json")["trial"]["weight_decay"]
     assert ran == [(decay, [1]), (decay, [1, 2]), (decay, [0, 3]), (decay, [0])]
 
 
@@ -397,7 +397,7 @@ def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
     search, decays = searched
     found = search(tmp_path / "str_8_0.json", 8, lambda decay: 4 + decay if decay < 1.7e-4 else 100 + decay)
     assert len(decays) == 5
-    assert compare_report.read_cell(tmp_path / "str_8_0.json")["achieved"] == pytest.approx(4, abs=0.01)
+    assert compare_cells.read_cell(tmp_path / "str_8_0.json")["achieved"] == pytest.approx(4, abs=0.01)
     assert found.weight_decay < 1.7e-4
 
 
@@ -405,7 +405,7 @@ def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
 def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monkeypatch, compared):
     config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
     # Whether all fifteen are there or not, and a grid.
-    missing = settings.Setting(32, 4, settings.trials("ltp", compare.NETWORKS["lenet_300_100"].train)[4])
+    missing = settings.Setting(32, 4, settings.trials("ltp", compare_networks.NETWORKS["lenet_300_100"].train)[4])
     compare.tuning_file(config, "ltp", missing, 0).unlink()
     figures = {"compression": 8, "seed": 0, "top1": 90.0, "achieved": 8.0, "dense_top1": 91.0}
     way = {"densities": {"a/kernel": 0.1}, "epochs": [{"compression": 8.0}], "epochs_trained": 1}
