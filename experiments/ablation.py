@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.ablation_variants import VARIANTS, Job, Variant
 from experiments.compare_cells import read_cell, read_cells
 from experiments.compare_networks import HELD_OUT, NETWORKS
-from experiments.compare_report import save_picture, spread
+from experiments.compare_report import spread
 from experiments.components import kernel_decay, weights_optimizer
 from experiments.config import TrainConfig
 from experiments.ending import run_command
@@ -145,9 +145,19 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
     """Where runs with the paper's choices and their opposites end, and the hardening gap on the way for each T0."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     ends, gaps = figure.subplots(1, 2)
+    closer = ends.inset_axes((0.08, 0.1, 0.27, 0.5))  # most of them end between 4× and 16×
     for i, (label, start) in enumerate(SERIES.items()):
         found = [cell for cell in cells if cell["variant"].startswith(start)]
-        ends.plot([c["compression"] for c in found], [c["top1"] for c in found], "os^Dv"[i], color=f"C{i}", label=label)
+        for axes in (ends, closer):
+            axes.plot(
+                [c["compression"] for c in found], [c["top1"] for c in found], "os^Dv"[i], color=f"C{i}", label=label
+            )
+    closer.set_xlim(4, 14)
+    closer.set_ylim(84.5, 91)
+    closer.set_xticks([5, 10], ["5×", "10×"], fontsize=8)
+    closer.tick_params(axis="y", labelsize=8)
+    closer.grid(alpha=0.3)
+    ends.indicate_inset_zoom(closer)
     ends.set_xscale("log")
     ends.set_xlabel("compression at the end")
     ends.set_ylabel("top-1 on held-out images, %")
@@ -165,7 +175,7 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(figure, path)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.compare_cells import OWN, Cell, read_cells, select
@@ -160,51 +160,58 @@ def tuning_markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def where(cells: Sequence[Cell]) -> str:
+    """What the runs have in common, for a title."""
+    return f"{cells[0]['network']} on {cells[0]['dataset']}, {cells[0]['epochs_trained']} epochs"
+
+
 def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     """Top-1 against the compression that was reached; bars are standard deviations over seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots()
+    dense = statistics.fmean(map(statistics.fmean, dense_top1(cells).values()))
+    # The best methods fill the picture; others may leave it where they fail, and their labels say how far.
+    best = [cell["top1"] for cell in cells if cell["method"] in (*OWN, "gmp_global")] or [c["top1"] for c in cells]
+    lowest = min(*best, dense) - 0.6
     for method, label in LABELS.items():
         groups = [found for c in compressions(cells) if (found := select(cells, method=method, compression=c))]
         if groups:
+            means = [statistics.fmean([cell["top1"] for cell in group]) for group in groups]
+            lost = [f"{m:.1f} % at {g[0]['compression']:g}×" for g, m in zip(groups, means, strict=True) if m < lowest]
             axes.errorbar(
                 [statistics.geometric_mean([cell["achieved"] for cell in group]) for group in groups],
-                [statistics.fmean([cell["top1"] for cell in group]) for group in groups],
+                means,
                 yerr=[statistics.stdev([c["top1"] for c in group]) if len(group) > 1 else 0 for group in groups],
-                label=label,
+                label=f"{label} ({', '.join(lost)})" if lost else label,
                 color=COLOURS[method],
                 marker="o",
                 capsize=3,
             )
-    dense = statistics.fmean(map(statistics.fmean, dense_top1(cells).values()))
     axes.axhline(dense, color="black", linestyle=":", label="dense")
     wanted = compressions(cells)
     axes.set_xscale("log", base=2)
     axes.set_xticks(wanted, [f"{c:g}×" for c in wanted])
     axes.minorticks_off()
-    # The best methods fill the picture; others may leave it where they fail.
-    best = [cell for cell in cells if cell["method"] in (*OWN, "gmp_global")] or cells
-    lowest = min(math.floor(min(cell["top1"] for cell in best)) - 1.5, dense - 0.4)
     axes.set_ylim(lowest, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
     axes.set_ylabel("top-1 on test images, %")
-    axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: mean and standard deviation over seeds")
+    axes.set_title(f"{where(cells)}: mean and standard deviation over seeds")
     axes.grid(alpha=0.3)
-    axes.legend()
-    save_picture(figure, path)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     """Density per layer of the methods of ``SIDE_BY_SIDE``, a panel for each compression."""
     wanted = compressions(cells)
     shown = [method for method in SIDE_BY_SIDE if select(cells, method=method)]
-    width = 0.81 / len(shown)
+    width = 0.6 / len(shown)
     deep = max(len(cell["densities"]) for cell in cells) > 8
     rows, columns = (len(wanted), 1) if deep else (1, len(wanted))
     figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (3.2 * columns, 4), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, compression in zip(panels, wanted, strict=True):
-        titles = []
+        missed = []
         for i, method in enumerate(shown):
             found = select(cells, method=method, compression=compression)
             if not found:
@@ -213,46 +220,51 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
             means = [100 * statistics.fmean([cell["densities"][layer] for cell in found]) for layer in layers]
             places = [position + width * (i - (len(shown) - 1) / 2) for position in range(len(layers))]
             achieved = statistics.geometric_mean([cell["achieved"] for cell in found])
-            axes.bar(places, means, 0.92 * width, color=COLOURS[method], label=LABELS[method])
-            titles.append(f"{achieved:.1f}×")
+            axes.plot(places, means, "o", markersize=4, color=COLOURS[method], label=LABELS[method])
+            if f"{achieved:.1f}" != f"{compression:.1f}":
+                missed.append(f"{LABELS[method]} {achieved:.1f}×")
         axes.set_yscale("log")
         axes.set_xticks(
             range(len(layers)), [layer.removesuffix("/kernel") for layer in layers], rotation=30, ha="right"
         )
-        axes.set_title(", ".join(titles), fontsize=9)
-        axes.grid(axis="y", alpha=0.3)
+        axes.set_title(f"{compression:g}×" + f" ({', '.join(missed)})" * bool(missed), fontsize=9)
+        axes.grid(axis="y", which="both", alpha=0.3)
     figure.supylabel("kept weights of the layer, %", fontsize=10)
-    bars = {label: bar for axes in panels for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(shown))
-    figure.suptitle(f"{cells[0]['network']} on {cells[0]['dataset']}: where the weights are left, mean over seeds")
-    save_picture(figure, path)
+    dots = {label: dot for axes in panels for dot, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(dots.values()), list(dots), loc="outside lower center", ncols=len(shown))
+    figure.suptitle(f"{where(cells)}: where the weights are left, mean over seeds")
+    figure.savefig(path, dpi=120)
 
 
 def draw_plan(cells: Sequence[Cell], path: Path) -> None:
-    """Density after every epoch of runs of LTP, of each compression and seed, against the plan that they follow."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """Density after every epoch of runs of LTP, of each compression and seed, the plan, and how far off it they are."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes, off = figure.subplots(1, 2)
     for i, compression in enumerate(compressions(cells)):
         group = select(cells, compression=compression)
         epochs = group[0]["epochs_trained"]
+        ends = range(1, epochs + 1)
         # Settings differ in when the descent ends, and so do the plans.
         for share in {cell["trial"]["prune"] for cell in group}:
-            plan = planned_density(1 / compression, steps=1000)
-            times = [j / 200 * epochs for j in range(201)]
-            axes.plot(times, [100 * float(plan(1000 * t / (share * epochs))) for t in times], color=f"C{i}", alpha=0.5)
-        for cell in group:
-            densities = [100 / epoch["compression"] for epoch in cell["epochs"]]
-            axes.plot(range(1, epochs + 1), densities, ".", color=f"C{i}")
+            plan = planned_density(1 / compression, steps=1)  # of the share of the descent that is behind
+            times = np.linspace(0, epochs, 201)
+            axes.plot(times, 100 * np.asarray(plan(times / (share * epochs))), color=f"C{i}", alpha=0.5)
+            planned = 100 * np.asarray(plan(np.asarray(ends) / (share * epochs)))
+            for cell in group:
+                if cell["trial"]["prune"] == share:
+                    densities = np.asarray([100 / epoch["compression"] for epoch in cell["epochs"]])
+                    axes.plot(ends, densities, ".", color=f"C{i}")
+                    off.plot(ends, 100 * (densities / planned - 1), ".", color=f"C{i}", alpha=0.6)
         axes.plot([], [], ".-", color=f"C{i}", label=f"{compression:g}×")
     axes.set_yscale("log")
-    axes.set_xlabel("epoch")
     axes.set_ylabel("kept weights, %")
-    axes.set_title(f"{cells[0]['network']} on {cells[0]['dataset']}: density (dots, every seed) and plan (lines)")
-    axes.grid(alpha=0.3)
+    axes.set_title("density (dots, every seed) and plan (lines)", fontsize=10)
     axes.legend()
-    save_picture(figure, path)
-
-
-def save_picture(figure: Figure, path: Path) -> None:
-    """Writes a picture as PNG."""
-    FigureCanvasAgg(figure).print_figure(path, dpi=120)
+    off.axhline(0, color="black", linewidth=0.8)
+    off.set_ylabel("density less plan, % of the plan")
+    off.set_title("how far off", fontsize=10)
+    for panel in (axes, off):
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+    figure.suptitle(where(cells))
+    figure.savefig(path, dpi=120)

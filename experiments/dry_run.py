@@ -26,7 +26,7 @@ from ltp_jax.pruner import dense
 from ltp_jax.training import create_state
 
 IMAGENET_TRAIN_SIZE = 1_281_167
-COMPILE_TIMEOUT = 7200.0  # twice what the slowest step of a preset took so far on one busy core
+COMPILE_TIMEOUT = 7200.0  # the slowest step of a preset took 8 minutes on two cores; others may be slower, or busy
 
 
 class DryRunConfig(Protocol):
@@ -149,7 +149,7 @@ def activation_bytes(module: nn.Module, image_shape: tuple[int, ...]) -> int:
 
     It counts what goes into each convolution and dense layer and what comes out of it; the rest a compiler computes
     again from these. With it the memory of a device is 15 to 22 % above the TPU compiler's peak for AlexNet, ResNet-50
-    and MixNet-S, and twice that for MobileNetV2 and EfficientNet-B0, where it computes the one again from the other.
+    and MixNet-S, and twice the peak for MobileNetV2 and EfficientNet-B0, where it computes the one again from the other.
     """
     inputs: dict[int, Any] = {}
     outputs: list[Any] = []

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.markup import escape
@@ -94,7 +93,7 @@ def _macs(entry: Entry) -> str:
 
 
 def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
-    """Top-1 against compression: every entry, the Pareto set joined by a line, and the dense network's level."""
+    """Top-1 against compression: every entry, the best of those as sparse or sparser, and the dense network's level."""
     figure, axes = _figure()
     dense = entries[0].top1
     front = pareto(tuple(entries))
@@ -109,7 +108,12 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
         zorder=3,
     )
     axes.plot(
-        [e.compression for e in front], [e.top1 for e in front], color="tab:red", linewidth=1.2, label="Pareto set"
+        [e.compression for e in front],
+        [e.top1 for e in front],
+        color="tab:red",
+        linewidth=1.2,
+        drawstyle="steps-pre",  # between two entries there is no network: who asks for as much gets the sparser one
+        label="best as sparse or sparser",
     )
     figure.colorbar(points, ax=axes, label="epoch", ticks=MaxNLocator(integer=True, min_n_ticks=1))
     _compression_axis(axes, max(e.compression for e in entries))
@@ -162,7 +166,6 @@ def draw_layers(
 
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
     return figure, axes
@@ -170,7 +173,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 def _compression_axis(axes: Axes, highest: float) -> None:
     axes.set_xscale("log", base=2)
-    if highest < 4:  # powers of two are too few ticks
+    if highest < 12:  # powers of two are too few ticks
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_xlabel("compression: prunable weights / weights kept")

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import compare_cells, compare_report
 from experiments.options import ConfigError
@@ -113,7 +114,7 @@ def test_pictures_of_what_is_there(tmp_path, methods, pictures):
 def drawn(draw, cells, monkeypatch):
     """What a picture shows: its axes."""
     figures = []
-    monkeypatch.setattr(compare_report, "save_picture", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
     draw(cells, None)
     return figures[0].axes
 
@@ -133,12 +134,13 @@ def test_picture_of_densities(monkeypatch):
     cells = [*CELLS[:2], CELLS[1] | {"method": "gmp_global"}]
     cells[0] = cells[0] | {"densities": {"a/kernel": 0.3, "b/kernel": 0.4}}
     (axes,) = drawn(compare_report.draw_densities, cells, monkeypatch)
-    assert [[round(bar.get_height(), 6) for bar in bars] for bars in axes.containers] == [[20, 30], [10, 20]]
+    assert [np.round(dots.get_ydata(), 6).tolist() for dots in axes.lines] == [[20, 30], [10, 20]]
+    assert axes.get_title() == "8×"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
 
 
 def test_picture_of_the_plan(monkeypatch):
-    (axes,) = drawn(compare_report.draw_plan, CELLS[:2], monkeypatch)
+    axes, off = drawn(compare_report.draw_plan, CELLS[:2], monkeypatch)
     plan, *dots, _ = axes.lines
     # Halfway through the descent, which takes 40 % of two epochs, the plan is at (1/8)^(1 − 1/8).
     times, densities = plan.get_data()
@@ -146,6 +148,11 @@ def test_picture_of_the_plan(monkeypatch):
     assert densities[-1] == pytest.approx(12.5)
     assert [line.get_xdata().tolist() for line in dots] == [[1, 2]] * 2
     assert [line.get_ydata().tolist() for line in dots] == [[25, 12.5], [25, pytest.approx(100 / 8.01)]]
+    # The plan is at its end after the first epoch, where these two have twice as much.
+    assert [line.get_ydata().tolist() for line in off.lines[:2]] == [
+        [pytest.approx(100, rel=1e-5), pytest.approx(0, abs=1e-4)],
+        [pytest.approx(100, rel=1e-5), pytest.approx(100 * (8 / 8.01 - 1), rel=1e-3)],
+    ]
 
 
 @pytest.mark.parametrize(
