@@ -149,7 +149,7 @@ def activation_bytes(module: nn.Module, image_shape: tuple[int, ...]) -> int:
 
     It counts what goes into each convolution and dense layer and what comes out of it; the rest a compiler computes
     again from these. With it the memory of a device is 15 to 22 % above the TPU compiler's peak for AlexNet, ResNet-50
-    and MixNet-S, and twice the peak for MobileNetV2 and EfficientNet-B0, where it computes the one again from the other.
+    and MixNet-S, and twice the peak for MobileNetV2 and EfficientNet-B0, where it computes one again from the other.
     """
     inputs: dict[int, Any] = {}
     outputs: list[Any] = []
