@@ -4,304 +4,23 @@ python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.sa
 """
 
 import dataclasses
-import functools
-import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from experiments import dry_run
-from experiments.config import Config, LtpConfig, TrainConfig, parse
-from experiments.console import log
-from experiments.data.dataset import DataError, Dataset
+from experiments.config import parse
+from experiments.data.dataset import DataError
 from experiments.data.photographs import is_imagenet, photographs, usable_cores
 from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize, sharers_of_cores
-from experiments.dry_run import COMPILE_TIMEOUT
 from experiments.ending import run_command
-from experiments.options import ConfigError, require, require_local
-from experiments.run import Start, run, trains_dense
-from ltp_jax import models, pretrained
-from ltp_jax.pretrained import PretrainedError, WeightSettings
-
-Arch = Literal[
-    "alexnet",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "mobilenet_v2",
-    "mobilenet_v2_050",
-    "mobilenet_v2_140",
-    "efficientnet_b0",
-    "efficientnet_b1",
-    "efficientnet_b2",
-    "efficientnet_b3",
-    "efficientnet_b4",
-    "efficientnet_lite0",
-    "mixnet_s",
-    "mixnet_m",
-    "mixnet_l",
-]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagenetTrainConfig(TrainConfig):
-    """Training of the weights: SGD with momentum, warm-up, and a cosine to zero."""
-
-    # Work for 4 to 32 chips, and well below the 8,192 up to which a learning rate in proportion to the batch is known
-    # to cost no accuracy (Goyal et al., arXiv 1706.02677).
-    batch_size: int = 1024
-    """Images per step, over all devices."""
-    learning_rate: float
-    """The highest learning rate of the weights for 256 images a step; it is scaled in proportion to the batch."""
-
-    @property
-    def peak_learning_rate(self) -> float:
-        return self.learning_rate * self.batch_size / 256
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneTrainConfig(ImagenetTrainConfig):
-    """Training while pruning: SGD with momentum, warm-up, and a cosine to zero."""
-
-    from_scratch: bool = False
-    """Train the dense network from a random start instead of taking pretrained weights."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagenetConfig(Config):
-    """ImageNet, or any image-classification dataset of TFDS."""
-
-    arch: Arch = "resnet50"
-    """The network."""
-    workdir: Path = Path("runs/imagenet")
-    """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt. Hosts share it."""
-    dataset: str = "imagenet2012"
-    """The dataset's name in TFDS."""
-    eval_split: str | None = None
-    """The held-out split; validation for imagenet2012 and test for others if nothing is said."""
-    pretrained: Path | None = None
-    """Weights of torchvision or timm: a state dict in safetensors, .npz, or as torch.save writes it."""
-    origin: str | None = None
-    """Whose weights they are, such as torchvision-v2; seen from the file, or from the run of --dense, if nothing is
-    said."""
-    image_size: int | None = None
-    """Side of the images in pixels; that of the weights if nothing is said."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of activations and products; auto is bfloat16 on accelerators and float32 on the CPU."""
-    workers: int | None = None
-    """Processes that prepare images for each process of the job, 0 for threads; all its cores but one if nothing is
-    said, divided by the processes of the job that have the same cores."""
-    max_unreadable: int = 100
-    """Images of a split that may be skipped because they cannot be read."""
-    dry_run: bool = False
-    """Tell what the run would do and cost, without data or accelerator, and stop."""
-    topology: str | None = None
-    """With --dry-run: compile the training step, and what it begins with, for this TPU slice, such as v5e:4x4."""
-    dry_run_timeout: float = COMPILE_TIMEOUT
-    """With --topology: seconds that each compilation may take."""
-    pretrain: ImagenetTrainConfig
-    """Training of the dense network, from scratch or with a new head."""
-    train: PruneTrainConfig
-    """Training while pruning."""
-
-    def check(self) -> None:
-        super().check()
-        require_local(self, "pretrained")
-        if self.topology is not None and not self.dry_run:
-            raise ConfigError("--topology compiles for a TPU that is not here; it goes with --dry-run")
-        smallest = max(32, models.spec(self.arch).min_size)
-        if self.image_size is not None and self.image_size < smallest:
-            raise ConfigError(f"--image-size is {self.image_size}; accepted is at least {smallest} for {self.arch}")
-        require(self.workers is None or self.workers >= 0, "--workers", self.workers, "0 or more")
-        require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
-        require(self.dry_run_timeout > 0, "--dry-run-timeout", self.dry_run_timeout, "more than 0")
-        if not self.dry_run and self.pretrained is None and self.dense is None and not self.train.from_scratch:
-            raise ConfigError(where_weights_come_from(self.arch))
-        ways = {
-            "--dense": self.dense is not None,
-            "--pretrained": self.pretrained is not None,
-            "--train.from-scratch": self.train.from_scratch,
-        }
-        if len(given := [way for way, taken in ways.items() if taken]) > 1:
-            raise ConfigError(f"{' and '.join(given)} exclude each other; accepted is one of them")
-
-
-WHERE_WEIGHTS_COME_FROM = """\
---pretrained is missing: LTP starts from a trained network. Where {library} and safetensors are installed, save one so:
-  import safetensors.torch, {library}
-  model = {model}
-  safetensors.torch.save_file(model.state_dict(), "{file}")
-and give --pretrained={file}: its name tells whose weights they are.
-{others}A downloaded .pth file under its own name will do as well; --dense takes the dense/ directory of an
-earlier run; --train.from-scratch trains the dense network first."""
-
-
-def where_weights_come_from(arch: Arch) -> str:
-    """How to save weights of a network, those assumed by default first."""
-
-    def model(row: WeightSettings) -> str:
-        if row.naming == "torchvision":
-            return f'torchvision.models.get_model("{row.network}", weights="{row.release}")'
-        return f'timm.create_model("{row.release}", pretrained=True)'
-
-    def file(row: WeightSettings) -> str:
-        return f"{arch}-{row.digest or row.origin}.safetensors"
-
-    first, *rest = (row for row in pretrained.settings(arch) if row.naming in ("torchvision", "timm"))
-    others = "".join(
-        f"  {model(row)}: {file(row)}{'' if row.digest else f', with --origin={row.origin}'}\n" for row in rest
-    )
-    return WHERE_WEIGHTS_COME_FROM.format(
-        library=first.naming,
-        model=model(first),
-        file=file(first),
-        others=f"Other weights of it, and the name to save them under:\n{others}" if others else "",
-    )
-
-
-class Recipe(NamedTuple):
-    """What the members of a family have in common; learning rates are for 256 images a step."""
-
-    learning_rate: float
-    weight_decay: float
-    label_smoothing: float
-    pretrain: ImagenetTrainConfig
-
-    def preset(self, arch: Arch, target: float) -> ImagenetConfig:
-        return ImagenetConfig(
-            arch=arch,
-            workdir=Path("runs/imagenet") / arch,
-            pretrain=self.pretrain,
-            train=PruneTrainConfig(
-                epochs=30,  # the paper's length for ResNet-50
-                learning_rate=self.learning_rate,
-                warmup_epochs=1,  # momentum is built up before pruning begins in earnest
-                momentum=0.9,  # as these networks were trained
-                weight_decay=self.weight_decay,
-                label_smoothing=self.label_smoothing,
-            ),
-            # Neither λ nor a rate of the thresholds is a setting here: to a target, λ is what the planned density makes
-            # of it at each step, and thresholds move in units of their own, at one rate for all networks.
-            ltp=LtpConfig(
-                target_compression=target,
-                prune=0.5,  # 15 epochs to descend: early enough to recover, late enough to see which weights matter
-                select=0.75,  # the freeze point: until then what was pruned may come back, then the network recovers
-            ),
-        )
-
-
-# None of these was run on ImageNet by us: rates and decays are those of the networks' own training recipes, reduced to
-# what continues a trained network. The README says what was measured.
-RESNET = Recipe(
-    learning_rate=0.02,  # a fifth of the 0.1 that trains it from scratch
-    weight_decay=5e-5,  # half of the dense recipe's: a network with a tenth of the weights fits less of the noise
-    label_smoothing=0.1,  # as in the recipes that reach the best top-1 at 90 % sparsity
-    pretrain=ImagenetTrainConfig(
-        epochs=90,  # the usual length for these networks
-        learning_rate=0.1,  # as they were first trained, with 256 images a step
-        warmup_epochs=5,  # what large batches take at this rate, by Goyal et al.
-        momentum=0.9,
-        weight_decay=1e-4,  # as they were first trained
-        label_smoothing=0.1,  # so that pruning goes on with the loss that the network was trained by
-    ),
-)
-MOBILE = Recipe(
-    learning_rate=0.01,  # each channel has few weights, so what is pruned must be taken over by fewer
-    weight_decay=1e-5,  # as in the recipes of these networks; depthwise kernels do not bear more
-    label_smoothing=0.1,  # they were trained with it
-    pretrain=ImagenetTrainConfig(
-        epochs=180,  # small networks learn for longer than large ones before they stop gaining
-        learning_rate=0.1,  # SGD's usual rate with batch normalisation; the RMSProp of their papers has another
-        warmup_epochs=5,  # as above
-        momentum=0.9,
-        weight_decay=4e-5,  # MobileNetV2's own
-        label_smoothing=0.1,  # as they were first trained
-    ),
-)
-ALEXNET = Recipe(
-    learning_rate=0.0025,  # a quarter of the 0.01 that trains it: without batch normalisation it bears no more
-    weight_decay=1e-4,  # a fifth of the dense recipe's, since pruning regularises its large dense layers already
-    label_smoothing=0.0,  # it underfits ImageNet
-    pretrain=ImagenetTrainConfig(
-        epochs=90,  # Krizhevsky's
-        learning_rate=0.01,  # Krizhevsky's, a tenth of what batch normalisation allows
-        warmup_epochs=5,  # as above
-        momentum=0.9,
-        weight_decay=5e-4,  # Krizhevsky's
-        label_smoothing=0.0,  # it underfits ImageNet
-    ),
-)
-
-# Targets lie a little past the paper's compression where it gives one. The trail leads there from the dense network,
-# so every milder compression is on it. The small networks, of which no figure is at hand, have less to spare.
-PRESETS: dict[str, ImagenetConfig] = {
-    "resnet50": RESNET.preset("resnet50", 10.0),  # paper: 9.1×
-    "alexnet": ALEXNET.preset("alexnet", 28.0),  # paper: 26.4×
-    "mobilenet_v2": MOBILE.preset("mobilenet_v2", 4.0),
-    "efficientnet_b0": MOBILE.preset("efficientnet_b0", 4.0),
-    "mixnet_s": MOBILE.preset("mixnet_s", 4.0),
-    "efficientnet_lite0": MOBILE.preset("efficientnet_lite0", 4.0),
-    "resnet18": RESNET.preset("resnet18", 10.0),
-    "resnet34": RESNET.preset("resnet34", 10.0),
-    "resnet101": RESNET.preset("resnet101", 10.0),
-    "resnet152": RESNET.preset("resnet152", 10.0),
-    "mobilenet_v2_050": MOBILE.preset("mobilenet_v2_050", 4.0),
-    "mobilenet_v2_140": MOBILE.preset("mobilenet_v2_140", 4.0),
-    "efficientnet_b1": MOBILE.preset("efficientnet_b1", 4.0),
-    "efficientnet_b2": MOBILE.preset("efficientnet_b2", 4.0),
-    "efficientnet_b3": MOBILE.preset("efficientnet_b3", 4.0),
-    "efficientnet_b4": MOBILE.preset("efficientnet_b4", 4.0),
-    "mixnet_m": MOBILE.preset("mixnet_m", 4.0),
-    "mixnet_l": MOBILE.preset("mixnet_l", 4.0),
-}
-
-
-def weight_settings(config: ImagenetConfig) -> WeightSettings:
-    """The settings of the weights that the options name, before the weights are read: the most likely ones.
-
-    Raises:
-      ConfigError: if no published weights of the network have that origin.
-    """
-    rows = pretrained.settings(config.arch)
-    for row in rows:
-        if config.origin is None or row.origin == config.origin:
-            return row
-    origins = ", ".join(row.origin for row in rows)
-    raise ConfigError(f"--origin is {config.origin}; accepted for {config.arch} are {origins}")
-
-
-def dense_settings(config: ImagenetConfig) -> WeightSettings:
-    """The settings of a run without ``--pretrained``: those of the run that ``--dense`` is from.
-
-    Raises:
-      ConfigError: if several sorts of weights exist and nothing says which these are.
-    """
-    rows = pretrained.settings(config.arch)
-    if config.dense is None or config.origin is not None or len(rows) == 1:
-        return weight_settings(config)
-    path = config.dense.parent / "config.json"
-    try:
-        origin = json.loads(path.read_text())["origin"]
-    except (OSError, ValueError, KeyError, TypeError):
-        origin = None
-    if origin is None:
-        raise ConfigError(
-            f"--origin is missing: {path} does not say whose weights --dense began from, and so what images they want; "
-            f"accepted for {config.arch} are {', '.join(row.origin for row in rows)}"
-        )
-    if origin not in [row.origin for row in rows]:
-        raise ConfigError(
-            f"--dense began from weights of {origin}, by {path}; of {config.arch} there are none of these"
-        )
-    return weight_settings(dataclasses.replace(config, origin=origin))
+from experiments.imagenet_config import PRESETS, ImagenetConfig
+from experiments.imagenet_weights import dense_settings, read_weights, start_from, weight_settings
+from experiments.run import run, trains_dense
+from ltp_jax import models
+from ltp_jax.pretrained import WeightSettings
 
 
 def make_module(config: ImagenetConfig, settings: WeightSettings, num_classes: int) -> nn.Module:
@@ -344,91 +63,25 @@ def main() -> None:
             print(note)
         return
     initialize(config.distributed)
-    if config.pretrained is None:
-        settings, start = dense_settings(config), None
-    else:
-        # Read before the data are opened: which weights these are decides what the images must look like.
-        settings, start = read_pretrained(config)
+    # Read before the data are opened: which weights these are decides what the images must look like.
+    weights = None if config.pretrained is None else read_weights(config.pretrained, config)
+    settings = dense_settings(config) if weights is None else weights.settings
     # Recorded with the run, so that its own dense network can be taken by another.
     config = dataclasses.replace(config, origin=settings.origin)
-    mean, std = ([255 * value for value in values] for values in (settings.mean, settings.std))
     dataset = photographs(
         config.dataset,
         config.data_dir,
         image_size=config.image_size or settings.input_size,
         crop_fraction=settings.crop_fraction,
         interpolation=settings.interpolation,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
+        mean=tuple(255 * value for value in settings.mean),
+        std=tuple(255 * value for value in settings.std),
         eval_split=config.eval_split,
         workers=max(usable_cores() // sharers_of_cores() - 1, 1) if config.workers is None else config.workers,
         max_unreadable=config.max_unreadable,
     )
     module = make_module(config, settings, dataset.num_classes)
-    run(config, module, dataset, None if start is None else start(dataset))
-
-
-def read_pretrained(config: ImagenetConfig) -> tuple[WeightSettings, Callable[[Dataset], Start]]:
-    """Reads ``--pretrained``: the settings of its weights, and what a run on a dataset begins from.
-
-    A dataset with another number of classes than the weights gets a new head, and training before it is pruned.
-
-    Raises:
-      ConfigError: if the file is not there, cannot be read, or is not of this network.
-    """
-    assert config.pretrained is not None
-    try:
-        variables, settings = pretrained.load(config.pretrained, config.arch, origin=config.origin)
-    except (PretrainedError, ValueError) as error:
-        raise ConfigError(f"--pretrained: {error}") from error
-
-    with config.pretrained.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # Looked at now, and told when there is a log to tell it in.
-    others = () if config.origin is not None else pretrained.alternatives(config.pretrained, settings)
-
-    def network(fits: bool, num_classes: int) -> dict[str, Any]:
-        log.info(
-            "weights: %s of %s (%s): the middle %d px of images resized to %d, %s, top-1 %s",
-            config.arch,
-            settings.origin,
-            settings.release,
-            settings.input_size,
-            settings.resize_size,
-            settings.interpolation,
-            "not published" if settings.top1 is None else f"{settings.top1} % as published",
-        )
-        if others:
-            log.warning(
-                "weights: nothing in %s or its name tells whether they are of %s; %s is assumed, --origin says it",
-                config.pretrained,
-                " or ".join((settings.origin, *others)),
-                settings.origin,
-            )
-        if fits:
-            return variables
-        fresh, _ = pretrained.load(
-            config.pretrained or "",
-            config.arch,
-            origin=settings.origin,
-            num_classes=num_classes,
-            head_key=jax.random.key(config.seed),
-        )
-        return fresh
-
-    def start(dataset: Dataset) -> Start:
-        fits = dataset.num_classes == models.spec(config.arch).num_classes
-        published = (
-            is_imagenet(dataset.name)
-            and config.eval_split in (None, "validation")
-            and config.image_size in (None, settings.input_size)
-        )
-        expected = settings.top1 if fits and published else None
-        return Start(
-            functools.partial(network, fits, dataset.num_classes), trained=fits, expected_top1=expected, digest=digest
-        )
-
-    return settings, start
+    run(config, module, dataset, None if weights is None else start_from(weights, config, dataset))
 
 
 if __name__ == "__main__":
