@@ -4,11 +4,9 @@
 loaded where a run is to use another backend.
 """
 
-import collections
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import pickle
 import re
@@ -29,6 +27,7 @@ import ltp_jax as ltp
 from experiments.chips import topology as find_topology
 from experiments.components import init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
+from experiments.hlo import Collective, collectives
 from ltp_jax.adapters import linen_apply
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import jit_beginning, jit_step, make_mesh
@@ -74,23 +73,6 @@ class Step:
     fsdp: int
     topology: str
     beginning: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """Operations of one kind between chips, in a step.
-
-    Attributes:
-      count: how many there are.
-      bytes: of the arrays in them, on one chip, where they are whole: what is reduced, what was gathered, what is
-        about to be scattered or sent.
-      sent_bytes: that a chip sends. An operation goes around a ring of its group of n chips: (n − 1)/n of the bytes,
-        and twice that to reduce them for all. A permutation sends them all.
-    """
-
-    count: int
-    bytes: int
-    sent_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,76 +226,6 @@ def measure(step: Step) -> Figures:
         collectives=collectives(compiled.as_text(), mesh.size),
         compile_seconds=round(seconds, 1),
     )
-
-
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64}
-
-
-def collectives(hlo: str, chips: int) -> dict[str, Collective]:
-    """The operations between chips in a compiled program, by kind.
-
-    An operation that goes on beside computations stands in the program more than once, under the same channel; it is
-    counted once.
-
-    Args:
-      hlo: the program as text.
-      chips: that run it.
-    """
-    counts: dict[str, int] = collections.Counter()
-    sizes: dict[str, int] = collections.Counter()
-    sent: dict[str, int] = collections.Counter()
-    computation, channels = "", set()
-    for line in hlo.splitlines():
-        if head := re.match(r"(?:ENTRY )?%(\S+) \(", line):
-            computation = head[1]
-        match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-        if match is None:
-            continue
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel is not None:
-            if channel[1] in channels:
-                continue
-            channels.add(channel[1])
-        result, kind, start = match.groups()
-        n = _group_size(line, chips)
-        size = _result_bytes(result, with_operands=start is not None and kind != "all-reduce")
-        if kind == "reduce-scatter":
-            size *= n
-        elif computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # so a TPU writes one: reduced as a whole in a computation that keeps a part
-        counts[kind] += 1
-        sizes[kind] += size
-        if kind == "collective-permute":
-            sent[kind] += size
-        else:
-            sent[kind] += round((2 if kind == "all-reduce" else 1) * size * (n - 1) / n)
-    return {
-        kind: Collective(count=counts[kind], bytes=sizes[kind], sent_bytes=sent[kind])
-        for kind in KINDS
-        if kind in counts
-    }
-
-
-def _result_bytes(result: str, with_operands: bool) -> int:
-    """The bytes of an operation's results, which stand behind its operands in what some asynchronous ones return."""
-    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    if with_operands:
-        arrays = [array for array in arrays if array != ("u32", "")]  # what the runtime keeps of it, at the end
-        arrays = arrays[len(arrays) // 2 :]
-    return sum(BITS.get(dtype, 32) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
-
-
-def _group_size(line: str, chips: int) -> int:
-    """How many chips an operation is between: ``{{0,1},{2,3}}``, ``[2,4]<=[8]``, or axes of a mesh; else all."""
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", match[2]))
-    return chips
 
 
 def needed_bytes(message: str) -> float | None:

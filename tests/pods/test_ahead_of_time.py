@@ -18,13 +18,13 @@ from experiments.ahead_of_time import (
     Figures,
     Step,
     TooSlow,
-    collectives,
     compile_step,
     needed_bytes,
 )
 from experiments.chips import topology
 from experiments.config import LtpConfig, MeshConfig, TrainConfig
 from experiments.ending import RunError
+from experiments.hlo import collectives
 from experiments.options import ConfigError
 from ltp_jax import models
 
