@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ltp_jax.models.layers import Activation, BatchNorm, Conv, Padding, StochasticDepth, global_average_pool
+from ltp_jax.models.layers import Activation, BatchNorm, Conv, Padding, global_average_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,8 @@ class InvertedResidual(nn.Module):
             y = SqueezeExcite(int(inputs * stage.squeeze), stage.activation, self.dtype, name="se")(y)
         y = conv_norm(stage.features, (1,) * stage.project_groups, activation=None, name="project")(y, train)
         if self.strides == 1 and inputs == stage.features:
-            y = x + StochasticDepth(self.drop_rate)(y, train)
+            # Stochastic depth (Huang et al., arXiv 1603.09382): the branch is dropped for whole images.
+            y = x + nn.Dropout(self.drop_rate, broadcast_dims=(1, 2, 3))(y, deterministic=not train)
         return y
 
 

@@ -1,4 +1,4 @@
-"""Layers shared by all networks: convolution, pooling, normalisation and stochastic depth, for NHWC images.
+"""Layers shared by all networks: convolution, pooling and normalisation, for NHWC images.
 
 XLA compiles a few operations badly on the CPU: grouped convolutions, the gradient of a max-pool, and 1x1
 convolutions. Those are written a second time below, in a form that the CPU runs well, and
@@ -190,6 +190,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value = _MOMENTUM * running_mean.value + (1 - _MOMENTUM) * mean
                 running_var.value = _MOMENTUM * running_var.value + (1 - _MOMENTUM) * var
+        # A product and a sum for each value, where Flax' own layer has a difference, a product and a sum.
         factor = scale * lax.rsqrt(var + self.epsilon)
         return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
 
@@ -208,19 +209,3 @@ class ConvNorm(nn.Module):
         x = Conv(self.features, self.kernel_size, self.strides, dtype=self.dtype, name="conv")(x)
         x = BatchNorm(dtype=self.dtype, name="norm")(x, train)
         return x if self.activation is None else self.activation(x)
-
-
-class StochasticDepth(nn.Module):
-    """Drops the residual branch of whole images (Huang et al., arXiv 1603.09382), rescaling those that stay.
-
-    Draws from the ``dropout`` stream while training; the identity otherwise.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or self.rate == 0.0:
-            return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0], 1, 1, 1))
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
