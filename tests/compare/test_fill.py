@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from types import SimpleNamespace
 
 import jax
@@ -78,12 +77,6 @@ def test_a_run_of_every_method(tmp_path, harness, monkeypatch, method):
         assert last == pytest.approx(8, rel=1e-3)
         assert first == pytest.approx(8, rel=1e-3) if method == "one_shot" else 1 < first < 8
         assert (np.ptp(densities) < 1e-3) == (method == "gmp_uniform")
-
-
-def test_a_network_tells_how_it_was_trained(tmp_path):
-    Harness(digits(), "lenet_300_100", tmp_path, TRAIN).dense_network(0)
-    (record,) = tmp_path.glob("*/dense_0.json")
-    assert TrainConfig(**json.loads(record.read_text())) == TRAIN
 
 
 def test_each_seed_has_a_network_of_its_own(tmp_path, monkeypatch):
