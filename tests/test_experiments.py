@@ -1,6 +1,7 @@
 """Whole runs of the digits experiment, as a user starts them: what they write, how they resume, what they refuse."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -349,12 +350,11 @@ def test_a_dense_entry_that_was_removed_is_made_anew_and_nothing_trained(finishe
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
-def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path, monkeypatch):
+def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for folder in ("resume", "report"):
         shutil.rmtree(tmp_path / "run" / folder)
-    monkeypatch.setattr(runs.Job, "_fit", lambda *args, **options: pytest.fail("is trained"))
-    trail = start(tiny(tmp_path / "run", tensorboard=True))
+    trail = start(tiny(tmp_path / "run", tensorboard=True), Interrupting(digits(), 96, 0))
     assert trail.epochs == (0, 1, 2)
     assert (tmp_path / "run" / "report" / "trail.md").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
@@ -664,29 +664,29 @@ def test_one_and_eight_devices_agree(finished, tmp_path):
     # To a target: where a penalty begins, Adam follows the sign of gradients that are next to nothing, and rounding
     # alone decides how far a threshold goes. So it does at four times the rate: 5e-3 to 9e-3 of the loss were seen.
     target = ["--ltp.target-compression=8", "--train.learning-rate=0.005"]
-    words = [*TINY, "--dense", finished / "dense", *target]
-    trails = []
-    for devices in (1, 8):
-        folder = tmp_path / str(devices)
-        done = command("--workdir", folder, *words, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
-        assert done.returncode == 0, done.stderr
-        trails.append(Trail(folder).entries)
-    for a, b in zip(*trails, strict=True):
+    words = [*TINY, f"--dense={finished / 'dense'}", *target]
+    assert jax.device_count() == 1
+    one = start(parse({"digits": DigitsConfig()}, "", [f"--workdir={tmp_path / '1'}", *words])).entries
+    done = command(f"--workdir={tmp_path / '8'}", *words, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    eight = Trail(tmp_path / "8").entries
+    for a, b in zip(one, eight, strict=True):
         # Sums in another order; mostly they make 1e-6 of the loss.
         assert (b.train_loss or 0) == pytest.approx(a.train_loss or 0, rel=5e-3)
         assert b.compression == pytest.approx(a.compression, rel=1e-2)
         assert b.thresholds == pytest.approx(a.thresholds, rel=1e-2)
         # Half pruned after so short a training, many images lie at the border of two classes: 3.0 was seen once.
         assert b.top1 == pytest.approx(a.top1, abs=5)
-    assert trails[1][-1].compression == pytest.approx(8, rel=1e-3)
+    assert eight[-1].compression == pytest.approx(8, rel=1e-3)
 
 
-def test_batch_that_devices_cannot_share_is_refused(tmp_path):
-    done = command(
-        "--workdir", tmp_path / "run", "--train.batch-size=100", XLA_FLAGS="--xla_force_host_platform_device_count=8"
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip() == "error: --train.batch-size is 100; accepted are multiples of the 8 devices"
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_batch_that_devices_cannot_share_is_refused(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    config = tiny(tmp_path / "run", **{stage: TrainConfig(epochs=1, batch_size=100, learning_rate=0.1)})
+    with pytest.raises(ConfigError, match=rf"^--{stage}.batch-size is 100; accepted are multiples of the 8 devices$"):
+        start(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
@@ -723,21 +723,14 @@ def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
     assert done.stderr == "error: interrupted; the same command goes on from the last saved state\n"
 
 
-def test_a_terminal_without_the_signs_gets_others(finished):
-    done = command(
-        *[
-            "--workdir",
-            finished,
-            "--tensorboard",
-            *TINY,
-            *TO_PENALTY,
-            "--train.weight-decay=1e-4",
-            "--pretrain.weight-decay=0",
-        ],
-        PYTHONIOENCODING="ascii",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1.00?" in done.stdout
+def test_a_terminal_without_the_signs_gets_others(finished, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: start(tiny(finished, tensorboard=True)))
+    assert stop.value.code == 0
+    terminal.seek(0)
+    assert "1.00?" in terminal.read()
 
 
 def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
@@ -749,9 +742,9 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
         "sys.argv = ['digits', *sys.argv[1:]];"
         "runpy.run_module('experiments.digits', run_name='__main__', alter_sys=True)"
     )
-    words = [*TINY, *TO_PENALTY]
+    words = [f"--workdir={tmp_path / 'run'}", f"--dense={finished / 'dense'}", *TINY, *TO_PENALTY]
     done = subprocess.run(
-        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--dense", finished / "dense", *words],
+        [sys.executable, "-c", code, *words],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -761,16 +754,28 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
     assert done.returncode == 1
     assert sum(line.startswith("error: cannot write to") for line in done.stderr.splitlines()) == 1
     assert "what was saved before is whole" in done.stderr
-    # With room again, the same command goes on to the end.
-    again = command("--workdir", tmp_path / "run", "--dense", finished / "dense", *words)
-    assert again.returncode == 0, again.stderr
-    assert Trail(tmp_path / "run").epochs == (0, 1, 2)
+    # With room again, the same options lead on to the end.
+    trail = start(parse({"digits": DigitsConfig()}, "", words))
+    assert trail.epochs == (0, 1, 2)
 
 
 def test_nothing_happens_at_import():
-    """Importing the library starts no backend and prints nothing."""
-    code = "import ltp_jax, ltp_jax.trail, ltp_jax.models, jax._src.xla_bridge as b; assert not b._backends"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """Importing the library starts no backend, of which there is none here, and prints nothing."""
+    code = (
+        "import importlib, pkgutil, ltp_jax\n"
+        "names = {module.name for module in pkgutil.walk_packages(ltp_jax.__path__, 'ltp_jax.')}\n"
+        "assert names >= {'ltp_jax.trail', 'ltp_jax.models.resnet'}\n"
+        "for name in names:\n"
+        "    importlib.import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "none"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
