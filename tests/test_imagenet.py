@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -360,6 +361,7 @@ def test_unknown_origin_is_refused_with_the_known_ones():
 
 
 def test_every_network_has_a_preset_and_weights_that_are_known():
+    assert set(typing.get_args(imagenet.Arch)) == set(imagenet.PRESETS)
     for arch, preset in imagenet.PRESETS.items():
         assert preset.arch == arch
         assert models.spec(arch).num_classes == 1000

@@ -123,16 +123,17 @@ def test_accuracies_are_shares_of_the_images(harness, monkeypatch):
     assert harness.train_top1(**network) == pytest.approx(first, abs=0.01)
 
 
-def test_the_dense_network_is_trained_once(harness):
-    first, again = harness.dense_network(0), harness.dense_network(0)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-
-
 def kept_network(tmp_path, harness, seed=0):
     """A copy of the harness that finds the dense network of the other one, and the network's path."""
     harness.dense_network(seed)
     shutil.copytree(harness.workdir, tmp_path, dirs_exist_ok=True)
     return Harness(harness.dataset, harness.arch, tmp_path, harness.pretrain), next(tmp_path.glob(f"*/dense_{seed}"))
+
+
+def test_the_dense_network_is_trained_once(tmp_path, harness, monkeypatch):
+    copy, _ = kept_network(tmp_path, harness)
+    monkeypatch.setattr(copy, "compiled", lambda *args: pytest.fail("is trained again"))
+    jax.tree.map(np.testing.assert_array_equal, copy.dense_network(0), harness.dense_network(0))
 
 
 def test_a_dense_network_that_was_trained_in_another_way_is_refused(tmp_path, harness):
