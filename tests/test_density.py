@@ -134,11 +134,12 @@ def test_measure():
 
 @pytest.mark.parametrize("layers", [(), (6, 1, 1)])
 def test_accelerators_count_as_a_cpu_does(layers, monkeypatch):
-    w = jax.random.normal(jax.random.key(0), (6, 50, 41))
-    thresholds = tuple(jnp.full(layers, tau) for tau in (0.0, 0.5, 2.0))
-    together = density._counts(w, thresholds)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 50, 41))}
+    arguments = params, {"kernel": jnp.full(layers, 0.5)}, {"kernel": 1 / params["kernel"].size}
+    on_a_cpu = density.measure(*arguments)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    counts, largest = density._counts(w, thresholds)
-    chex.assert_trees_all_equal((counts, largest), together)
-    assert int(counts[1].sum()) == np.sum(np.square(w) > 0.5)
-    assert counts[1].shape == largest.shape == layers
+    elsewhere = density.measure(*arguments)
+    chex.assert_trees_all_equal(elsewhere, on_a_cpu)
+    squares = np.square(params["kernel"]).reshape(6 if layers else 1, -1)
+    np.testing.assert_allclose(elsewhere.kept, np.sum(squares > 0.5, axis=1) / squares.size, rtol=1e-6)
+    np.testing.assert_array_equal(elsewhere.largest, squares.max(axis=1))

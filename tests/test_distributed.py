@@ -47,9 +47,16 @@ COMES_AGAIN = [
 ]
 
 
+@pytest.fixture
+def others(monkeypatch):
+    """The process is one of two."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("said", LOST)
-def test_lost_process_is_told_by_what_broken_connections_say(monkeypatch, said):
-    monkeypatch.setattr(distributed, "_has_others", lambda: True)
+def test_lost_process_is_told_by_what_broken_connections_say(said):
     error = jax.errors.JaxRuntimeError(said)
     caused = TrailError("cannot write")
     caused.__cause__ = error
@@ -60,9 +67,9 @@ def test_lost_process_is_told_by_what_broken_connections_say(monkeypatch, said):
         assert message.endswith(f"({said.splitlines()[0]})")
 
 
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("said", COMES_AGAIN)
-def test_error_that_comes_again_is_no_lost_process(monkeypatch, said):
-    monkeypatch.setattr(distributed, "_has_others", lambda: True)
+def test_error_that_comes_again_is_no_lost_process(said):
     assert explain(jax.errors.JaxRuntimeError(said)) == (f"JaxRuntimeError: {said}", 1)
 
 

@@ -478,6 +478,18 @@ def test_published_weights_that_cannot_be_pruned_are_not_kept(finished, tmp_path
     assert trail.epochs == (0, 1, 2)
 
 
+@pytest.mark.parametrize(("beyond", "told"), [(-1.1, True), (-0.9, False), (0.9, False), (1.1, True)])
+def test_a_dense_network_far_from_what_was_published_is_told(finished, tmp_path, beyond, told):
+    """More accurate than published is suspicious, too: then they are other weights."""
+    top1 = Trail(finished).dense.top1
+    begin = runs.Start(lambda: restore_network(finished / "dense"), trained=True, expected_top1=top1 + beyond)
+    with pytest.raises(Interrupted):
+        runs.run(tiny(tmp_path), models.create("digits"), Interrupting(digits(), 96, 0), begin)
+    said = f"has {top1:.2f} % top-1 where {top1 + beyond:.2f} % was published"
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count(said) == log.count("was published") == told
+
+
 def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path):
     config = tiny(tmp_path / "run", pretrain=TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1))
     begin = runs.Start(lambda: pytest.fail("was asked"), trained=False)

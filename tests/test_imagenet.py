@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from experiments import imagenet, run
+from experiments import imagenet
 from experiments.config import ConfigError, parse, record, to_json
 from experiments.data import digits
 from experiments.distributed import START_AGAIN
@@ -22,7 +22,6 @@ from experiments.dry_run import activation_bytes
 from ltp_jax import models, pretrained
 from ltp_jax.models.torch_names import torch_names
 from ltp_jax.pretrained import _template, _torch_shape
-from ltp_jax.sharding import make_mesh
 from ltp_jax.trail import Trail
 
 ROOT = Path(__file__).parents[1]
@@ -35,18 +34,19 @@ needs_photographs = pytest.mark.skipif(
 # The command, which sends SIGTERM to itself with the training batch before the step that the environment says.
 STOPPED = """
 import os, signal
-from experiments import imagenet, run
+from experiments import imagenet
 from experiments.console import run_command
+from experiments.data.photographs import PhotographDataset
 
-train_batches = run.Job._train_batches
+train = PhotographDataset.train
 
-def stopped(self, batch_size, start_step):
-    for step, batch in enumerate(train_batches(self, batch_size, start_step), start_step + 1):
+def stopped(self, batch_size, *, start_step=0, **options):
+    for step, batch in enumerate(train(self, batch_size, start_step=start_step, **options), start_step + 1):
         if step == int(os.environ["LTP_STEP"]):
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
 
-run.Job._train_batches = stopped
+PhotographDataset.train = stopped
 run_command(imagenet.main)
 """
 
@@ -146,19 +146,6 @@ def test_other_dataset_gets_a_new_head_and_training_before_pruning(tmp_path):
     trail = Trail(tmp_path / "run")
     assert trail.restore(trail.dense)["params"]["head"]["kernel"].shape[-1] == 10
     assert trail.entries[-1].compression == pytest.approx(3, rel=0.01)
-
-
-@pytest.mark.parametrize(("top1", "told"), [(74.9, True), (75.1, False), (76.9, False), (77.1, True)])
-def test_a_dense_network_far_from_what_was_published_is_told(tmp_path, monkeypatch, top1, told):
-    """More accurate than published is suspicious, too: then they are other weights."""
-    warnings = []
-    monkeypatch.setattr(run.log, "warning", lambda message, *args: warnings.append(message % args))
-    monkeypatch.setattr(run, "save_network", lambda *args: None)
-    monkeypatch.setattr(run.Job, "_evaluate", lambda *args: [{"top1": top1}])
-    job = object.__new__(run.Job)
-    job.mesh = make_mesh()
-    job._take({"params": {}, "batch_stats": {}}, 76.0, tmp_path / "dense")
-    assert [f"has {top1:.2f} % top-1 where 76.00 % was published" in text for text in warnings] == [True] * told
 
 
 @pytest.mark.parametrize(
