@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -20,9 +19,8 @@ from experiments.data import digits
 from experiments.distributed import START_AGAIN
 from experiments.dry_run import activation_bytes
 from ltp_jax import models, pretrained
-from ltp_jax.models.torch_names import torch_names
-from ltp_jax.pretrained import _template, _torch_shape
 from ltp_jax.trail import Trail
+from tests.models.filling import fill_state_dict
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("LTP_DATA_DIR", ROOT.parent / "shared" / "tfds"))
@@ -69,24 +67,11 @@ def command(*words, stop_at=None, cache=None):
     )
 
 
-def weights_file(arch, path, naming="torchvision"):
-    """Weights of random numbers under the names and in the layout of PyTorch."""
-    template = _template(arch, None)
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for key, name in torch_names(arch, naming, template).items():
-        shape = _torch_shape(key, template[key])
-        scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) > 1 else 0.0
-        offset = 1.0 if key.endswith(("scale", "var")) else 0.0
-        tensors[name] = np.float32(offset + scale * rng.normal(size=shape))
-    save_file(tensors, path)
-    return path
-
-
 @needs_photographs
 def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(tmp_path):
     """Two epochs of four steps at 32 pixels: the first start is stopped within the second, the next ends the run."""
-    weights = weights_file("resnet18", tmp_path / "resnet18.safetensors")
+    weights = tmp_path / "resnet18.safetensors"
+    save_file(fill_state_dict("resnet18"), weights)
     words = [
         "--arch=resnet18",
         f"--pretrained={weights}",
@@ -125,7 +110,8 @@ def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(
 
 @needs_photographs
 def test_other_dataset_gets_a_new_head_and_training_before_pruning(tmp_path):
-    weights = weights_file("mobilenet_v2_050", tmp_path / "w.safetensors", naming="timm")
+    weights = tmp_path / "w.safetensors"
+    save_file(fill_state_dict("mobilenet_v2_050-timm"), weights)
     done = command(
         "--arch=mobilenet_v2_050",
         f"--pretrained={weights}",
