@@ -23,10 +23,6 @@ from ltp_jax.trail import Trail
 from tests.models.filling import fill_state_dict
 
 ROOT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("LTP_DATA_DIR", ROOT.parent / "shared" / "tfds"))
-needs_photographs = pytest.mark.skipif(
-    not (DATA / "imagenet2012").is_dir(), reason=f"no photographs in {DATA}: set LTP_DATA_DIR to a TFDS directory"
-)
 
 
 # The command, which sends SIGTERM to itself with the training batch before the step that the environment says.
@@ -67,15 +63,14 @@ def command(*words, stop_at=None, cache=None):
     )
 
 
-@needs_photographs
-def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(tmp_path):
+def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(data_dir, tmp_path):
     """Two epochs of four steps at 32 pixels: the first start is stopped within the second, the next ends the run."""
     weights = tmp_path / "resnet18.safetensors"
     save_file(fill_state_dict("resnet18"), weights)
     words = [
         "--arch=resnet18",
         f"--pretrained={weights}",
-        f"--data-dir={DATA}",
+        f"--data-dir={data_dir}",
         f"--workdir={tmp_path / 'run'}",
         "--image-size=32",
         "--workers=0",
@@ -108,15 +103,14 @@ def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(
     assert imagenet.dense_settings(other).origin == "torchvision"
 
 
-@needs_photographs
-def test_other_dataset_gets_a_new_head_and_training_before_pruning(tmp_path):
+def test_other_dataset_gets_a_new_head_and_training_before_pruning(data_dir, tmp_path):
     weights = tmp_path / "w.safetensors"
     save_file(fill_state_dict("mobilenet_v2_050-timm"), weights)
     done = command(
         "--arch=mobilenet_v2_050",
         f"--pretrained={weights}",
         "--dataset=clothing_small",
-        f"--data-dir={DATA}",
+        f"--data-dir={data_dir}",
         f"--workdir={tmp_path / 'run'}",
         "--image-size=32",
         "--workers=0",
@@ -184,9 +178,8 @@ def test_dry_run_needs_neither_data_nor_weights(tmp_path, monkeypatch, capsys):
     assert "stem/conv/kernel" in told
 
 
-@needs_photographs
-def test_dry_run_counts_the_dataset_that_is_named(tmp_path, monkeypatch, capsys):
-    words = ["--dry-run", f"--workdir={tmp_path}", "--dataset=clothing_small", f"--data-dir={DATA}"]
+def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, monkeypatch, capsys):
+    words = ["--dry-run", f"--workdir={tmp_path}", "--dataset=clothing_small", f"--data-dir={data_dir}"]
     monkeypatch.setattr(sys, "argv", ["imagenet.py", *words])
     imagenet.main()
     found = json.loads((tmp_path / "dry_run.json").read_text())

@@ -14,27 +14,7 @@ import pytest
 
 from experiments import data
 from experiments.data.photographs import photographs
-
-KEYS = ("image", "label", "mask")
-
-
-def take(stream, count: int) -> list[data.Batch]:
-    batches = list(itertools.islice(stream, count))
-    stream.close()
-    return batches
-
-
-def assert_equal(a, b) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        for key in KEYS:
-            np.testing.assert_array_equal(x[key], y[key])
-            assert x[key].dtype == y[key].dtype
-
-
-def joined(parts) -> list[dict[str, np.ndarray]]:
-    """Global batches from the streams of all processes."""
-    return [{key: np.concatenate([p[key] for p in step]) for key in KEYS} for step in zip(*parts, strict=True)]
+from tests.data.streams import assert_equal, joined, take
 
 
 @pytest.fixture
