@@ -1,9 +1,6 @@
 """How a process is told of the others of its job: options, requests to stop, and errors that mean a lost one."""
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,8 +9,7 @@ from experiments import distributed
 from experiments.config import ConfigError, DistributedConfig
 from experiments.console import explain, run_command
 from ltp_jax.checkpoints import TrailError
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import run_python
 
 
 @pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
@@ -86,7 +82,7 @@ def test_request_to_stop_a_command_is_a_message_and_start_again():
         "    time.sleep(60)\n"
         "run_command(main)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, timeout=300)
     assert done.returncode == distributed.START_AGAIN
     assert done.stderr == "asked to stop: what was saved is whole, and the same command goes on from there\n"
 

@@ -3,10 +3,8 @@
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +30,7 @@ from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
 from ltp_jax.pruner import dense
 from ltp_jax.trail import Entry, Trail
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, run_python
 
 
 def tiny(workdir, **changes):
@@ -647,18 +644,6 @@ def test_users_mistake_is_one_message_and_an_exit_code(error, code, capsys):
     assert "Traceback" not in err
 
 
-def command(*words, **environment):
-    """A run of digits in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.digits", *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 TINY = [
     "--pretrain.epochs=2",
     "--pretrain.batch-size=128",
@@ -679,7 +664,8 @@ def test_one_and_eight_devices_agree(finished, tmp_path):
     words = [*TINY, f"--dense={finished / 'dense'}", *target]
     assert jax.device_count() == 1
     one = start(parse({"digits": DigitsConfig()}, "", [f"--workdir={tmp_path / '1'}", *words])).entries
-    done = command(f"--workdir={tmp_path / '8'}", *words, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    program, devices = ("-m", "experiments.digits"), "--xla_force_host_platform_device_count=8"
+    done = run_python(*program, f"--workdir={tmp_path / '8'}", *words, XLA_FLAGS=devices)
     assert done.returncode == 0, done.stderr
     eight = Trail(tmp_path / "8").entries
     for a, b in zip(one, eight, strict=True):
@@ -723,14 +709,7 @@ def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
         "InMemoryDataset.train = interrupted\n"
         "run_command(digits.main)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--pretrain.epochs=1000"],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-c", code, f"--workdir={tmp_path / 'run'}", "--pretrain.epochs=1000", timeout=300)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "error: interrupted; the same command goes on from the last saved state\n"
 
@@ -755,14 +734,7 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
         "runpy.run_module('experiments.digits', run_name='__main__', alter_sys=True)"
     )
     words = [f"--workdir={tmp_path / 'run'}", f"--dense={finished / 'dense'}", *TINY, *TO_PENALTY]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = run_python("-c", code, *words)
     assert done.returncode == 1
     assert sum(line.startswith("error: cannot write to") for line in done.stderr.splitlines()) == 1
     assert "what was saved before is whole" in done.stderr
@@ -780,14 +752,7 @@ def test_nothing_happens_at_import():
         "for name in names:\n"
         "    importlib.import_module(name)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "none"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-c", code, timeout=300, JAX_PLATFORMS="none")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -20,9 +18,8 @@ from experiments.distributed import START_AGAIN
 from experiments.dry_run import activation_bytes
 from ltp_jax import models, pretrained
 from ltp_jax.trail import Trail
+from tests.commands import ROOT, run_python
 from tests.models.filling import fill_state_dict
-
-ROOT = Path(__file__).parents[1]
 
 
 # The command, which sends SIGTERM to itself with the training batch before the step that the environment says.
@@ -45,25 +42,19 @@ run_command(imagenet.main)
 """
 
 
-def command(*words, stop_at=None, cache=None):
-    environment = {"JAX_PLATFORMS": "cpu"}
-    if stop_at is not None:
-        environment["LTP_STEP"] = str(stop_at)
-    if cache is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    program = ["-m", "experiments.imagenet"] if stop_at is None else ["-c", STOPPED]
-    return subprocess.run(
-        [sys.executable, *program, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+@pytest.fixture
+def command(monkeypatch):
+    """The command in this process, which JAX would not let join a job any more."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["imagenet.py", *words])
+        monkeypatch.setattr(imagenet, "initialize", lambda config: None)
+        imagenet.main()
+
+    return run
 
 
-def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(data_dir, tmp_path):
+def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(data_dir, tmp_path, command):
     """Two epochs of four steps at 32 pixels: the first start is stopped within the second, the next ends the run."""
     weights = tmp_path / "resnet18.safetensors"
     save_file(fill_state_dict("resnet18"), weights)
@@ -78,11 +69,10 @@ def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(
         "--train.epochs=2",
         "--ltp.target-compression=5",
     ]
-    stopped = command(*words, stop_at=6, cache=tmp_path / "cache")
+    stopped = run_python("-c", STOPPED, *words, LTP_STEP="6")
     assert stopped.returncode == START_AGAIN, stopped.stderr
     assert Trail(tmp_path / "run").epochs == (0, 1)
-    done = command(*words, cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    command(*words)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "asked to stop: step 6 of prune is saved" in log
     assert "prune: goes on from step 6" in log
@@ -103,10 +93,10 @@ def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(
     assert imagenet.dense_settings(other).origin == "torchvision"
 
 
-def test_other_dataset_gets_a_new_head_and_training_before_pruning(data_dir, tmp_path):
+def test_other_dataset_gets_a_new_head_and_training_before_pruning(data_dir, tmp_path, command):
     weights = tmp_path / "w.safetensors"
     save_file(fill_state_dict("mobilenet_v2_050-timm"), weights)
-    done = command(
+    command(
         "--arch=mobilenet_v2_050",
         f"--pretrained={weights}",
         "--dataset=clothing_small",
@@ -122,7 +112,6 @@ def test_other_dataset_gets_a_new_head_and_training_before_pruning(data_dir, tmp
         "--train.batch-size=1024",
         "--ltp.target-compression=3",
     )
-    assert done.returncode == 0, done.stderr
     trail = Trail(tmp_path / "run")
     assert trail.restore(trail.dense)["params"]["head"]["kernel"].shape[-1] == 10
     assert trail.entries[-1].compression == pytest.approx(3, rel=0.01)
@@ -168,9 +157,8 @@ def test_a_dense_network_of_unknown_origin_is_refused(tmp_path):
     assert imagenet.dense_settings(config).origin == "torchvision-v2"
 
 
-def test_dry_run_needs_neither_data_nor_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", "--arch=resnet50", "--dry-run", f"--workdir={tmp_path}"])
-    imagenet.main()
+def test_dry_run_needs_neither_data_nor_weights(tmp_path, command, capsys):
+    command("--arch=resnet50", "--dry-run", f"--workdir={tmp_path}")
     found = json.loads((tmp_path / "dry_run.json").read_text())
     assert found["parameters"] == 25_557_032
     told = capsys.readouterr().out
@@ -178,10 +166,8 @@ def test_dry_run_needs_neither_data_nor_weights(tmp_path, monkeypatch, capsys):
     assert "stem/conv/kernel" in told
 
 
-def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, monkeypatch, capsys):
-    words = ["--dry-run", f"--workdir={tmp_path}", "--dataset=clothing_small", f"--data-dir={data_dir}"]
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", *words])
-    imagenet.main()
+def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, command, capsys):
+    command("--dry-run", f"--workdir={tmp_path}", "--dataset=clothing_small", f"--data-dir={data_dir}")
     found = json.loads((tmp_path / "dry_run.json").read_text())
     assert (found["train_size"], found["steps_per_epoch"]) == (3068, 2)
     assert found["parameters"] == 25_557_032 - 990 * 2049  # a head of ten classes
@@ -198,16 +184,15 @@ def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, monkeypatc
     ],
 )
 def test_dry_run_looks_at_the_training_of_the_dense_network_where_there_is_one(
-    tmp_path, monkeypatch, words, classes, trained
+    tmp_path, monkeypatch, command, words, classes, trained
 ):
     monkeypatch.setattr(imagenet, "dry_run_counts", lambda config: (500, classes, None))
-    options = ["--train.batch-size=64", "--pretrain.batch-size=512", "--arch=resnet18", f"--workdir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", "--dry-run", *options, *words])
+    words = [*words, "--dry-run", "--train.batch-size=64", "--pretrain.batch-size=512", "--arch=resnet18"]
     if trained:
         with pytest.raises(ConfigError, match=r"^--pretrain.batch-size is 512; the dataset has 500 images$"):
-            imagenet.main()
+            command(*words, f"--workdir={tmp_path}")
     else:
-        imagenet.main()
+        command(*words, f"--workdir={tmp_path}")
     assert (tmp_path / "dry_run.json").exists() != trained
 
 
@@ -311,9 +296,8 @@ def test_options_that_make_no_sense_are_refused(words, message):
 
 
 def test_weights_that_cannot_be_read_are_one_message(tmp_path):
-    done = command(
-        "--arch=resnet50", f"--pretrained={tmp_path / 'absent.safetensors'}", f"--workdir={tmp_path / 'run'}"
-    )
+    words = "--arch=resnet50", f"--pretrained={tmp_path / 'absent.safetensors'}", f"--workdir={tmp_path / 'run'}"
+    done = run_python("-m", "experiments.imagenet", *words)
     assert done.returncode != 0
     assert done.stderr.startswith("error: ")
     assert "absent.safetensors" in done.stderr

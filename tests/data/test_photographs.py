@@ -4,8 +4,6 @@ import itertools
 import logging
 import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from experiments import data
 from experiments.data.photographs import photographs
+from tests.commands import run_python
 from tests.data.streams import assert_equal, joined, take
 
 
@@ -125,7 +124,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_worker_processes_end_with_a_run_that_is_killed(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": photos, "test": photos})
-    done = subprocess.run([sys.executable, "-c", ORPHANS, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", ORPHANS, tmp_path, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (worker,) = done.stdout.split()
 

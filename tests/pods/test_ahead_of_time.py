@@ -3,9 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,8 +14,8 @@ from experiments.chips import topology
 from experiments.config import ConfigError, LtpConfig, MeshConfig, TrainConfig
 from experiments.console import RunError
 from ltp_jax import models
+from tests.commands import run_python
 
-ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
 )
@@ -70,14 +67,7 @@ def test_mesh_of_each_kind_of_slice():
         "from experiments.ahead_of_time import slice_mesh;"
         "print([tuple(slice_mesh(name, 2).shape.items()) for name in ('v4:2x2x2', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4')])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | COMPILER_ONLY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-c", code, timeout=300, **COMPILER_ONLY)
     assert done.stdout.count("('data', 4), ('fsdp', 2)") == 4, done.stderr
 
 
