@@ -2,6 +2,7 @@ import logging
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ltp-jax-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> str:
+    """The TFDS data directory with the datasets to develop with; tests that need it are skipped where it is absent."""
+    path = Path(os.environ.get("LTP_DATA_DIR", Path(__file__).parents[1].parent / "shared" / "tfds"))
+    if not path.is_dir():
+        pytest.skip(f"no datasets in {path}; LTP_DATA_DIR says where they are")
+    return str(path)
 
 
 @pytest.fixture(autouse=True)

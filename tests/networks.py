@@ -34,6 +34,20 @@ class NnxNet(nnx.Module):
         return self.head(self.depthwise(x).mean((1, 2)))
 
 
+THREE_LAYERS = {"one/kernel": (16, 40), "two/kernel": (40, 24), "head/kernel": (24, 4)}
+"""The kernels of a network without convolutions, 1,696 weights."""
+
+
+def three_layers(seed=0):
+    """Its parameters, random kernels and biases of zero."""
+    keys = jax.random.split(jax.random.key(seed), len(THREE_LAYERS))
+    params = {}
+    for key, (path, shape) in zip(keys, THREE_LAYERS.items(), strict=True):
+        layer = path.split("/")[0]
+        params[layer] = {"kernel": jax.random.normal(key, shape) / shape[0] ** 0.5, "bias": jnp.zeros(shape[1])}
+    return params
+
+
 @functools.cache
 def linen_variables(seed=0):
     init = jax.jit(lambda key: LinenNet().init(key, jnp.zeros((1, 6, 6, 3)), train=False))

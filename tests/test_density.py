@@ -5,22 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import THREE_LAYERS, three_layers
 
 import ltp_jax as ltp
 from ltp_jax import density
 
 TOY = {"a": {"kernel": jnp.array([1.0, -2.0, 3.0, -4.0])}, "b": {"kernel": jnp.array([-5.0, 6.0, -7.0, 8.0])}}
 ZERO = {"a/kernel": jnp.float32(0), "b/kernel": jnp.float32(0)}
-SIZES = {"one/kernel": (16, 40), "two/kernel": (40, 24), "head/kernel": (24, 4)}
-SHARES = dict.fromkeys(SIZES, 1 / 1696)
-
-
-def random_params(seed=0):
-    keys = jax.random.split(jax.random.key(seed), len(SIZES))
-    return {
-        path.split("/")[0]: {"kernel": jax.random.normal(key, shape) / shape[0] ** 0.5}
-        for key, (path, shape) in zip(keys, SIZES.items(), strict=True)
-    }
+SHARES = dict.fromkeys(THREE_LAYERS, 1 / 1696)
 
 
 def test_exact_thresholds_keep_the_largest_and_one_of_each_layer():
@@ -82,15 +74,15 @@ def test_lamp_by_hand():
 
 @pytest.mark.parametrize("left", [0.5, 1 / 16, 1 / 128])
 def test_lamp_is_where_a_sort_would_have_it(left):
-    params = jax.tree.map(lambda w: 3 * w, random_params()) | {"one": random_params(1)["one"]}
+    params = jax.tree.map(lambda w: 3 * w, three_layers()) | {"one": three_layers(1)["one"]}
     squares, scores = {}, {}
     for path, w in ltp.named_leaves(params):
-        if path in SIZES:
+        if path in THREE_LAYERS:
             squares[path] = np.sort(np.square(np.ravel(w).astype(np.float64)))
             scores[path] = squares[path] / np.cumsum(squares[path][::-1])[::-1]
     least = np.sort(np.concatenate(list(scores.values())))[-int(left * 1696)]
-    offsets = density.lamp_offsets(params, dict.fromkeys(SIZES, jnp.zeros(())), left, SHARES)
-    for path, offset in zip(sorted(SIZES), offsets, strict=True):
+    offsets = density.lamp_offsets(params, dict.fromkeys(THREE_LAYERS, jnp.zeros(())), left, SHARES)
+    for path, offset in zip(sorted(THREE_LAYERS), offsets, strict=True):
         # The weight that the threshold is the size of, and the one below it, are on both sides of the least score.
         place = np.argmin(np.abs(np.log(squares[path]) / 2 - offset))
         assert np.log(squares[path][place]) / 2 == pytest.approx(float(offset), abs=1e-5)
@@ -106,8 +98,8 @@ def test_lamp_keeps_the_largest_of_layers_of_one_size():
 
 
 def test_exact_thresholds_under_jit_leave_as_many():
-    params = random_params()
-    zero = {path: jnp.zeros(()) for path in SIZES}
+    params = three_layers()
+    zero = {path: jnp.zeros(()) for path in THREE_LAYERS}
     eager = density.exact_thresholds(params, zero, jnp.zeros(3), 0.1, SHARES)
     jitted = jax.jit(lambda p: density.exact_thresholds(p, zero, jnp.zeros(3), 0.1, SHARES))(params)
     counts = [int(ltp.summarize(params, ltp.PruneState(tau, {})).kept) for tau in (eager, jitted)]
@@ -134,11 +126,12 @@ def test_measure():
 
 @pytest.mark.parametrize("layers", [(), (6, 1, 1)])
 def test_accelerators_count_as_a_cpu_does(layers, monkeypatch):
-    w = jax.random.normal(jax.random.key(0), (6, 50, 41))
-    thresholds = tuple(jnp.full(layers, tau) for tau in (0.0, 0.5, 2.0))
-    together = density._counts(w, thresholds)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 50, 41))}
+    arguments = params, {"kernel": jnp.full(layers, 0.5)}, {"kernel": 1 / params["kernel"].size}
+    on_a_cpu = density.measure(*arguments)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    counts, largest = density._counts(w, thresholds)
-    chex.assert_trees_all_equal((counts, largest), together)
-    assert int(counts[1].sum()) == np.sum(np.square(w) > 0.5)
-    assert counts[1].shape == largest.shape == layers
+    elsewhere = density.measure(*arguments)
+    chex.assert_trees_all_equal(elsewhere, on_a_cpu)
+    squares = np.square(params["kernel"]).reshape(6 if layers else 1, -1)
+    np.testing.assert_allclose(elsewhere.kept, np.sum(squares > 0.5, axis=1) / squares.size, rtol=1e-6)
+    np.testing.assert_array_equal(elsewhere.largest, squares.max(axis=1))

@@ -1,20 +1,16 @@
 """How a process is told of the others of its job: options, requests to stop, and errors that mean a lost one."""
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
-from experiments import distributed, ending
+from experiments import distributed
 from experiments.config import DistributedConfig
 from experiments.ending import START_AGAIN, explain, lost_process, run_command
 from experiments.options import ConfigError
 from ltp_jax.checkpoints import TrailError
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import run_python
 
 
 @pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
@@ -48,9 +44,16 @@ COMES_AGAIN = [
 ]
 
 
+@pytest.fixture
+def others(monkeypatch):
+    """The process is one of two."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("said", LOST)
-def test_lost_process_is_told_by_what_broken_connections_say(monkeypatch, said):
-    monkeypatch.setattr(ending, "has_others", lambda: True)
+def test_lost_process_is_told_by_what_broken_connections_say(said):
     error = jax.errors.JaxRuntimeError(said)
     caused = TrailError("cannot write")
     caused.__cause__ = error
@@ -61,9 +64,9 @@ def test_lost_process_is_told_by_what_broken_connections_say(monkeypatch, said):
         assert message.endswith(f"({said.splitlines()[0]})")
 
 
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("said", COMES_AGAIN)
-def test_error_that_comes_again_is_no_lost_process(monkeypatch, said):
-    monkeypatch.setattr(ending, "has_others", lambda: True)
+def test_error_that_comes_again_is_no_lost_process(said):
     assert explain(jax.errors.JaxRuntimeError(said)) == (f"JaxRuntimeError: {said}", 1)
 
 
@@ -80,7 +83,7 @@ def test_request_to_stop_a_command_is_a_message_and_start_again():
         "    time.sleep(60)\n"
         "run_command(main)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, timeout=300)
     assert done.returncode == START_AGAIN
     assert done.stderr == "asked to stop: what was saved is whole, and the same command goes on from there\n"
 

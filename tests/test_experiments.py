@@ -1,11 +1,10 @@
 """Whole runs of the digits experiment, as a user starts them: what they write, how they resume, what they refuse."""
 
 import dataclasses
+import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +12,9 @@ from types import SimpleNamespace
 import chex
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from matplotlib.figure import Figure
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from experiments import report
@@ -33,10 +30,8 @@ from experiments.options import ConfigError
 from experiments.record import record, to_json, write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
-from ltp_jax.pruner import dense
 from ltp_jax.trail import Entry, Trail
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, run_python
 
 
 def tiny(workdir, **changes):
@@ -272,31 +267,22 @@ class Counting:
 
 
 def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_path):
-    asked, begun = {}, []
+    asked = []
 
     class Asked(Counting):
         def train(self, batch_size, **options):
-            asked.update(options)
-            raise Interrupted
+            asked.append((options["seed"], options["start_step"]))
+            return self._dataset.train(batch_size, **options)
 
-    module, config = models.create("digits", num_classes=10), tiny(tmp_path, seed=7)
-    metrics, resume = SimpleNamespace(rewind=lambda *args: None), SimpleNamespace(restore=lambda abstract: None)
-    job = runs.Job(config, module, Asked(digits()), None, metrics, Console(), lambda: False)
-    with pytest.raises(Interrupted):
-        job._fit(
-            "pretrain",
-            config.pretrain,
-            dense(),
-            optax.sgd(0.1),
-            None,
-            resume,
-            keep=lambda state, epoch: begun.append(state),
-            settle=lambda: None,
-        )
-    assert (asked["seed"], asked["start_step"]) == (7, 0)
+    # A step in each stage, of which a float32 keeps nothing.
+    still = TrainConfig(epochs=1, batch_size=1000, learning_rate=1e-30)
+    start(tiny(tmp_path, seed=7, pretrain=still, train=still), Asked(digits()))
+    assert asked == [(7, 0), (7, 0)]
+    module = models.create("digits", num_classes=10)
     expected = module.init(jax.random.key(7), np.zeros((1, 8, 8, 1), np.float32), train=False)
-    chex.assert_trees_all_close(begun[0].params, expected["params"], rtol=1e-5)
-    np.testing.assert_array_equal(jax.random.key_data(begun[0].key), jax.random.key_data(jax.random.key(7)))
+    chex.assert_trees_all_close(restore_network(tmp_path / "dense")["params"], expected["params"], rtol=1e-5)
+    state = ocp.StandardCheckpointer().restore(tmp_path / "resume" / "1" / "state")
+    np.testing.assert_array_equal(jax.random.key_data(state["key"]), jax.random.key_data(jax.random.key(7)))
 
 
 @pytest.mark.parametrize(("batch_size", "after"), [(128, 12), (96, 5), (96, 16)])
@@ -353,12 +339,11 @@ def test_a_dense_entry_that_was_removed_is_made_anew_and_nothing_trained(finishe
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
-def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path, monkeypatch):
+def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for folder in ("resume", "report"):
         shutil.rmtree(tmp_path / "run" / folder)
-    monkeypatch.setattr(runs.Job, "_fit", lambda *args, **options: pytest.fail("is trained"))
-    trail = start(tiny(tmp_path / "run", tensorboard=True))
+    trail = start(tiny(tmp_path / "run", tensorboard=True), Interrupting(digits(), 96, 0))
     assert trail.epochs == (0, 1, 2)
     assert (tmp_path / "run" / "report" / "trail.md").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
@@ -480,6 +465,18 @@ def test_published_weights_that_cannot_be_pruned_are_not_kept(finished, tmp_path
     # With others the same directory will do, whatever the options are.
     trail = runs.run(tiny(tmp_path, seed=1), models.create("digits"), digits(), begin._replace(network=lambda: network))
     assert trail.epochs == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("beyond", "told"), [(-1.1, True), (-0.9, False), (0.9, False), (1.1, True)])
+def test_a_dense_network_far_from_what_was_published_is_told(finished, tmp_path, beyond, told):
+    """More accurate than published is suspicious, too: then they are other weights."""
+    top1 = Trail(finished).dense.top1
+    begin = runs.Start(lambda: restore_network(finished / "dense"), trained=True, expected_top1=top1 + beyond)
+    with pytest.raises(Interrupted):
+        runs.run(tiny(tmp_path), models.create("digits"), Interrupting(digits(), 96, 0), begin)
+    said = f"has {top1:.2f} % top-1 where {top1 + beyond:.2f} % was published"
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count(said) == log.count("was published") == told
 
 
 def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path):
@@ -639,18 +636,6 @@ def test_users_mistake_is_one_message_and_an_exit_code(error, code, capsys):
     assert "Traceback" not in err
 
 
-def command(*words, **environment):
-    """A run of digits in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.digits", *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 TINY = [
     "--pretrain.epochs=2",
     "--pretrain.batch-size=128",
@@ -668,29 +653,30 @@ def test_one_and_eight_devices_agree(finished, tmp_path):
     # To a target: where a penalty begins, Adam follows the sign of gradients that are next to nothing, and rounding
     # alone decides how far a threshold goes. So it does at four times the rate: 5e-3 to 9e-3 of the loss were seen.
     target = ["--ltp.target-compression=8", "--train.learning-rate=0.005"]
-    words = [*TINY, "--dense", finished / "dense", *target]
-    trails = []
-    for devices in (1, 8):
-        folder = tmp_path / str(devices)
-        done = command("--workdir", folder, *words, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
-        assert done.returncode == 0, done.stderr
-        trails.append(Trail(folder).entries)
-    for a, b in zip(*trails, strict=True):
+    words = [*TINY, f"--dense={finished / 'dense'}", *target]
+    assert jax.device_count() == 1
+    one = start(parse({"digits": DigitsConfig()}, "", [f"--workdir={tmp_path / '1'}", *words])).entries
+    program, devices = ("-m", "experiments.digits"), "--xla_force_host_platform_device_count=8"
+    done = run_python(*program, f"--workdir={tmp_path / '8'}", *words, XLA_FLAGS=devices)
+    assert done.returncode == 0, done.stderr
+    eight = Trail(tmp_path / "8").entries
+    for a, b in zip(one, eight, strict=True):
         # Sums in another order; mostly they make 1e-6 of the loss.
         assert (b.train_loss or 0) == pytest.approx(a.train_loss or 0, rel=5e-3)
         assert b.compression == pytest.approx(a.compression, rel=1e-2)
         assert b.thresholds == pytest.approx(a.thresholds, rel=1e-2)
         # Half pruned after so short a training, many images lie at the border of two classes: 3.0 was seen once.
         assert b.top1 == pytest.approx(a.top1, abs=5)
-    assert trails[1][-1].compression == pytest.approx(8, rel=1e-3)
+    assert eight[-1].compression == pytest.approx(8, rel=1e-3)
 
 
-def test_batch_that_devices_cannot_share_is_refused(tmp_path):
-    done = command(
-        "--workdir", tmp_path / "run", "--train.batch-size=100", XLA_FLAGS="--xla_force_host_platform_device_count=8"
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip() == "error: --train.batch-size is 100; accepted are multiples of the 8 devices"
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_batch_that_devices_cannot_share_is_refused(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    config = tiny(tmp_path / "run", **{stage: TrainConfig(epochs=1, batch_size=100, learning_rate=0.1)})
+    with pytest.raises(ConfigError, match=rf"^--{stage}.batch-size is 100; accepted are multiples of the 8 devices$"):
+        start(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
@@ -715,33 +701,19 @@ def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
         "InMemoryDataset.train = interrupted\n"
         "run_command(digits.main)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--pretrain.epochs=1000"],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-c", code, f"--workdir={tmp_path / 'run'}", "--pretrain.epochs=1000", timeout=300)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "error: interrupted; the same command goes on from the last saved state\n"
 
 
-def test_a_terminal_without_the_signs_gets_others(finished):
-    done = command(
-        *[
-            "--workdir",
-            finished,
-            "--tensorboard",
-            *TINY,
-            *TO_PENALTY,
-            "--train.weight-decay=1e-4",
-            "--pretrain.weight-decay=0",
-        ],
-        PYTHONIOENCODING="ascii",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1.00?" in done.stdout
+def test_a_terminal_without_the_signs_gets_others(finished, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: start(tiny(finished, tensorboard=True)))
+    assert stop.value.code == 0
+    terminal.seek(0)
+    assert "1.00?" in terminal.read()
 
 
 def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
@@ -753,28 +725,26 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
         "sys.argv = ['digits', *sys.argv[1:]];"
         "runpy.run_module('experiments.digits', run_name='__main__', alter_sys=True)"
     )
-    words = [*TINY, *TO_PENALTY]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--workdir", tmp_path / "run", "--dense", finished / "dense", *words],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    words = [f"--workdir={tmp_path / 'run'}", f"--dense={finished / 'dense'}", *TINY, *TO_PENALTY]
+    done = run_python("-c", code, *words)
     assert done.returncode == 1
     assert sum(line.startswith("error: cannot write to") for line in done.stderr.splitlines()) == 1
     assert "what was saved before is whole" in done.stderr
-    # With room again, the same command goes on to the end.
-    again = command("--workdir", tmp_path / "run", "--dense", finished / "dense", *words)
-    assert again.returncode == 0, again.stderr
-    assert Trail(tmp_path / "run").epochs == (0, 1, 2)
+    # With room again, the same options lead on to the end.
+    trail = start(parse({"digits": DigitsConfig()}, "", words))
+    assert trail.epochs == (0, 1, 2)
 
 
 def test_nothing_happens_at_import():
-    """Importing the library starts no backend and prints nothing."""
-    code = "import ltp_jax, ltp_jax.trail, ltp_jax.models, jax._src.xla_bridge as b; assert not b._backends"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """Importing the library starts no backend, of which there is none here, and prints nothing."""
+    code = (
+        "import importlib, pkgutil, ltp_jax\n"
+        "names = {module.name for module in pkgutil.walk_packages(ltp_jax.__path__, 'ltp_jax.')}\n"
+        "assert names >= {'ltp_jax.trail', 'ltp_jax.models.resnet'}\n"
+        "for name in names:\n"
+        "    importlib.import_module(name)\n"
+    )
+    done = run_python("-c", code, timeout=300, JAX_PLATFORMS="none")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from networks import THREE_LAYERS, three_layers
 
 import ltp_jax as ltp
 from ltp_jax import pruner as pruners
@@ -18,17 +19,7 @@ from ltp_jax import target
 from ltp_jax.penalty import learned_thresholds
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
-SIZES = {"one/kernel": (16, 40), "two/kernel": (40, 24), "head/kernel": (24, 4)}
 STEPS, PRUNE, SELECT = 60, 24, 36
-
-
-def initial_params(seed=0):
-    keys = jax.random.split(jax.random.key(seed), len(SIZES))
-    params = {}
-    for key, (path, shape) in zip(keys, SIZES.items(), strict=True):
-        layer = path.split("/")[0]
-        params[layer] = {"kernel": jax.random.normal(key, shape) / shape[0] ** 0.5, "bias": jnp.zeros(shape[1])}
-    return params
 
 
 def apply(params, batch_stats, images, *, train, key):
@@ -64,14 +55,14 @@ def compiled(pruner):
 def run(pruner, seed=0, params=None):
     """States before the first and after each step."""
     batches = [batch(step, seed) for step in range(STEPS)]
-    params = initial_params(seed) if params is None else params
+    params = three_layers(seed) if params is None else params
     first, rest = compiled(pruner)(params, jax.tree.map(lambda *rows: np.stack(rows), *batches))
     return [first, *(jax.tree.map(lambda leaf, i=i: leaf[i], rest) for i in range(STEPS))]
 
 
 @functools.cache
 def pruner_to(compression, leak=0.3):
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     return target.target_density(plan, 1 / compression, prune_steps=PRUNE, select_steps=SELECT, leak=leak)
 
 
@@ -86,7 +77,7 @@ def test_plan():
 
 def test_nothing_is_sorted():
     # A sort of one layer can take the compiler for a TPU half a minute.
-    params, pruner = initial_params(), pruner_to(16)
+    params, pruner = three_layers(), pruner_to(16)
     state = pruner.init(params)
     made = jax.make_jaxpr(pruner.init)(params)
     updated = jax.make_jaxpr(pruner.update)(state.thresholds, params, params, state, 0)
@@ -195,7 +186,7 @@ def test_offsets_begin_where_lamp_has_the_target():
 
 @pytest.mark.parametrize(("first", "stride"), [(0, 1), (0, 7), (15, 1), (1000, 1)])
 def test_masks_are_fixed_whatever_steps_are_counted(first, stride):
-    params = initial_params()
+    params = three_layers()
     plan = ltp.plan(params)
     pruner = target.target_density(plan, 1 / 16, prune_steps=10, select_steps=20)
     state, still = pruner.init(params), dict.fromkeys(plan.paths, jnp.float32(0))
@@ -206,7 +197,7 @@ def test_masks_are_fixed_whatever_steps_are_counted(first, stride):
 
 
 def test_pruned_weights_get_no_gradient_once_masks_are_fixed():
-    params = initial_params()
+    params = three_layers()
     pruner = pruner_to(16)
     state, still = pruner.init(params), dict.fromkeys(ltp.plan(params).paths, jnp.float32(0))
 
@@ -276,7 +267,7 @@ def test_the_leak_falls_to_zero_while_the_masks_are_chosen(step, share):
 @pytest.mark.parametrize(("compression", "leak"), [(2, 0.3), (16, 0.3), (16, 0.0), (128, 0.3)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_target_is_met_and_kept(compression, leak, seed):
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     states = run(pruner_to(compression, leak), seed)
     counts = [kept(state) for state in states]
     assert counts[0] == plan.prunable
@@ -286,7 +277,7 @@ def test_the_target_is_met_and_kept(compression, leak, seed):
 
 
 def test_the_density_follows_the_plan():
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     states = run(pruner_to(16))
     planned = target.planned_density(1 / 16, PRUNE)
     for step in range(1, SELECT):
@@ -346,7 +337,7 @@ def test_zeros_stay_zero_on_the_way_to_a_penalty():
 
 
 def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pruned():
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     pruner = target.target_density(plan, 1 / 16, prune_steps=PRUNE, select_steps=SELECT)
     optimizer = optax.sgd(0.1)
 
@@ -360,7 +351,7 @@ def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pr
     step = jax.jit(make_train_step(normalised, optimizer, pruner, cross_entropy()))
 
     def masks(scale):
-        params = initial_params()
+        params = three_layers()
         params["one"]["kernel"] *= scale
         state = create_state(params, {}, optimizer, pruner, jax.random.key(0))
         still = state.params["one"]["kernel"]
@@ -379,7 +370,7 @@ def test_rescaling_a_layer_that_normalisation_follows_does_not_change_what_is_pr
 @pytest.mark.parametrize("prune_steps", [1, 5])
 def test_no_layer_is_empty_on_the_way(prune_steps):
     # Weights of one size: as the threshold passes them, all of them are gone.
-    params = initial_params()
+    params = three_layers()
     params["head"]["kernel"] = jnp.sign(params["head"]["kernel"]) + 1e-3 * params["head"]["kernel"]
     plan = ltp.plan(params)
     pruner = target.target_density(plan, 1 / 64, prune_steps=prune_steps, select_steps=20)
@@ -392,7 +383,7 @@ def test_no_layer_is_empty_on_the_way(prune_steps):
 
 
 def test_the_fixed_network_is_what_every_verb_says():
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     pruner = pruner_to(16)
     states = run(pruner)
     masks = jax.tree.map(lambda w: w != 0, pruner.harden(states[SELECT].params, states[SELECT].pruning))
@@ -412,7 +403,7 @@ def test_the_fixed_network_is_what_every_verb_says():
 
 
 def test_a_budget_of_costs_is_met():
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     costs = {"one/kernel": 9.0, "two/kernel": 1.0, "head/kernel": 1.0}
     pruner = target.target_density(plan, 0.1, prune_steps=PRUNE, select_steps=SELECT, costs=costs)
     state = run(pruner)[-1]
@@ -424,7 +415,7 @@ def test_a_budget_of_costs_is_met():
 
 def test_offsets_descend_the_loss():
     # With a loss that wants the head whole, it keeps more than a common threshold would leave it.
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
 
     def densities(rate):
         pruner = target.target_density(
@@ -462,7 +453,7 @@ def test_one_weight_for_each_layer_is_accepted(n):
     ],
 )
 def test_refusals(density, prune_steps, select_steps, message):
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     with pytest.raises(ValueError, match=message):
         target.target_density(plan, density, prune_steps=prune_steps, select_steps=select_steps)
 
@@ -478,7 +469,7 @@ def test_refusals(density, prune_steps, select_steps, message):
     ],
 )
 def test_costs_that_are_none_are_refused(costs):
-    plan, refused = ltp.plan(initial_params()), r"kernel has a cost of .*; accepted is a positive number"
+    plan, refused = ltp.plan(three_layers()), r"kernel has a cost of .*; accepted is a positive number"
     with pytest.raises(ValueError, match=refused):
         target.target_density(plan, 0.5, prune_steps=1, select_steps=2, costs=costs)
     with pytest.raises(ValueError, match=refused):
@@ -493,14 +484,14 @@ def test_a_plan_that_prunes_nothing_is_refused():
 
 
 def test_half_precision_is_refused():
-    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), initial_params())
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), three_layers())
     with pytest.raises(ValueError, match="of bfloat16; to meet a target weights have to be float32"):
         pruner_to(2).init(params)
 
 
 def test_a_penalty_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"the penalty is 20.0; accepted is a function of the step"):
-        learned_thresholds(ltp.plan(initial_params()), 20.0, optax.sgd(0.1), learn_steps=1)
+        learned_thresholds(ltp.plan(three_layers()), 20.0, optax.sgd(0.1), learn_steps=1)
 
 
 def test_offsets_move_by_adam_at_a_rate_of_3e_4_if_nothing_is_said():
@@ -527,7 +518,7 @@ def test_one_trace_serves_the_whole_run():
         return step(state, batch)
 
     initial = jax.jit(lambda params: create_state(params, {}, optimizer, pruner, jax.random.key(0)))
-    state = initial(initial_params())
+    state = initial(three_layers())
     for i in range(SELECT + 2):
         state = traced(state, batch(i))
     assert len(traces) == 1
@@ -542,19 +533,19 @@ def test_soft_and_hard_network_are_the_same_from_the_first_fixed_step():
 
 
 def test_one_bad_gradient_moves_no_offset():
-    params, pruner = initial_params(), pruner_to(8)
+    params, pruner = three_layers(), pruner_to(8)
     state, update = pruner.init(params), jax.jit(pruner.update)
-    bad = dict.fromkeys(SIZES, jnp.float32(0.1)) | {"two/kernel": jnp.float32(np.nan)}
+    bad = dict.fromkeys(THREE_LAYERS, jnp.float32(0.1)) | {"two/kernel": jnp.float32(np.nan)}
     ends = []
-    for grads in (bad, dict.fromkeys(SIZES, jnp.float32(0))):
-        now = update(dict.fromkeys(SIZES, jnp.float32(0.1)), params, params, state, 0)[1]
+    for grads in (bad, dict.fromkeys(THREE_LAYERS, jnp.float32(0))):
+        now = update(dict.fromkeys(THREE_LAYERS, jnp.float32(0.1)), params, params, state, 0)[1]
         ends.append(update(grads, params, params, now, 1)[1].thresholds)
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_a_plan_of_many_steps_begins_to_prune():
     # After its first step it leaves all weights but a millionth; a scale of zero would stay at zero.
-    params, still = initial_params(), dict.fromkeys(SIZES, jnp.float32(0))
+    params, still = three_layers(), dict.fromkeys(THREE_LAYERS, jnp.float32(0))
     pruner = target.target_density(ltp.plan(params), 0.9, prune_steps=10**6, select_steps=10**6)
     state = pruner.init(params)
     assert jnp.isfinite(state.log_scale)
@@ -564,7 +555,7 @@ def test_a_plan_of_many_steps_begins_to_prune():
 
 
 def test_an_optimizer_that_divides_by_a_gradient_of_zero_moves_no_offset():
-    plan = ltp.plan(initial_params())
+    plan = ltp.plan(three_layers())
     prodigy = optax.contrib.prodigy(1.0)
     pruner = target.target_density(plan, 1 / 16, prune_steps=PRUNE, select_steps=SELECT, optimizer=prodigy)
     states = run(pruner)
@@ -574,7 +565,7 @@ def test_an_optimizer_that_divides_by_a_gradient_of_zero_moves_no_offset():
 
 def test_weights_may_be_small():
     """What a normalisation follows may have any scale: 1e-15 of the usual one here."""
-    small = jax.tree.map(lambda w: w * 1e-15, initial_params())
+    small = jax.tree.map(lambda w: w * 1e-15, three_layers())
     pruner = pruner_to(8, leak=0.0)
     state, update = pruner.init(small), jax.jit(pruner.update)
     still = dict.fromkeys(state.thresholds, jnp.float32(0))
@@ -582,13 +573,13 @@ def test_weights_may_be_small():
         small, state = update(still, small, small, state, step)
     assert state.fixed
     hard = pruner.harden(small, state)
-    assert sum(np.count_nonzero(w) for path, w in ltp.named_leaves(hard) if path in SIZES) == 1696 // 8
+    assert sum(np.count_nonzero(w) for path, w in ltp.named_leaves(hard) if path in THREE_LAYERS) == 1696 // 8
 
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_a_target_on_an_explicit_mesh(axis):
     """Sharding is part of the type there, with a single device as well."""
-    params, pruner = initial_params(), pruner_to(8)
+    params, pruner = three_layers(), pruner_to(8)
     mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         split = {
@@ -599,9 +590,9 @@ def test_a_target_on_an_explicit_mesh(axis):
         }
         state = pruner.init(split)
         soft = ltp.l0(split, state.prune)
-        _, moved = jax.jit(pruner.update)(dict.fromkeys(SIZES, jnp.float32(0.1)), split, split, state, 0)
+        _, moved = jax.jit(pruner.update)(dict.fromkeys(THREE_LAYERS, jnp.float32(0.1)), split, split, state, 0)
     expected = pruner.init(params)
     np.testing.assert_allclose(soft, ltp.l0(params, expected.prune), rtol=1e-6)
     np.testing.assert_allclose(state.offsets, expected.offsets, rtol=1e-6)
-    _, other = jax.jit(pruner.update)(dict.fromkeys(SIZES, jnp.float32(0.1)), params, params, expected, 0)
+    _, other = jax.jit(pruner.update)(dict.fromkeys(THREE_LAYERS, jnp.float32(0.1)), params, params, expected, 0)
     np.testing.assert_allclose(list(moved.thresholds.values()), list(other.thresholds.values()), rtol=1e-5)

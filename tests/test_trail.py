@@ -475,8 +475,3 @@ def test_boxes_of_linen_metadata_are_not_written(tmp_path):
     params = nn.Dense(2, kernel_init=kernel).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     save_network(tmp_path / "dense", params, {})
     assert restore_network(tmp_path / "dense")["params"]["kernel"].shape == (3, 2)
-
-
-def test_entry_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ENTRIES[0].top1 = 1.0

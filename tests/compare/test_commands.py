@@ -26,7 +26,6 @@ from experiments.record import write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import save_network
 from ltp_jax.pruner import dense
-from ltp_jax.trail import Trail
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
 TRAIN = TrainConfig(epochs=3, batch_size=128, learning_rate=0.05)
@@ -38,31 +37,17 @@ def harness(tmp_path_factory):
     return Harness(digits(), "digits", tmp_path_factory.mktemp("harness"), pretrain)
 
 
-def digits_run(workdir, harness, ltp_config):
-    """A short run of the experiment from the harness's dense network; its last entry."""
+def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(tmp_path, harness):
     harness.dense_network(0)
     config = DigitsConfig(
-        workdir=workdir,
+        workdir=tmp_path,
         dense=next(harness.workdir.glob("*/dense_0")),
         pretrain=harness.pretrain,
         train=TRAIN,
-        ltp=ltp_config,
+        ltp=LtpConfig(target_macs=10),
     )
-    config.check()
-    runs.run(config, models.create("digits", num_classes=10), digits())
-    return Trail(workdir).entries[-1], Trail(workdir)
-
-
-def test_the_command_meets_a_target_compression(tmp_path, harness):
-    last, trail = digits_run(tmp_path, harness, LtpConfig(target_compression=16))
-    assert last.compression == pytest.approx(16, rel=0.01)
-    kernels = [w for path, w in ltp.named_leaves(trail.restore(last)["params"]) if path.endswith("kernel")]
-    left = sum(np.count_nonzero(w) for w in kernels) / sum(w.size for w in kernels)
-    assert left == pytest.approx(1 / 16, rel=0.01)
-
-
-def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(tmp_path, harness):
-    last, trail = digits_run(tmp_path, harness, LtpConfig(target_macs=10))
+    trail = runs.run(config, models.create("digits", num_classes=10), digits())
+    last = trail.entries[-1]
     # Positions of the output of each convolution: images of 8×8, and a pool behind the second.
     uses = {"block1/conv": 64, "block2/conv": 64, "block3/conv": 16, "dense": 1, "head": 1}
     kernels = {path.removesuffix("/kernel"): w for path, w in ltp.named_leaves(trail.restore(last)["params"])}
@@ -95,11 +80,6 @@ def test_a_target_of_multiply_accumulates_weighs_weights_by_their_uses(tmp_path,
 def test_targets_that_make_no_sense_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         parse({"digits": DigitsConfig()}, "", words)
-
-
-def test_a_target_below_one_weight_a_tensor_is_refused(tmp_path, harness):
-    with pytest.raises(ConfigError, match="fewer than one weight to each"):
-        digits_run(tmp_path, harness, LtpConfig(target_compression=1e6))
 
 
 def test_the_harness_takes_the_steps_of_an_ordinary_loop(harness):
@@ -145,16 +125,17 @@ def test_accuracies_are_shares_of_the_images(harness, monkeypatch):
     assert harness.train_top1(**network) == pytest.approx(first, abs=0.01)
 
 
-def test_the_dense_network_is_trained_once(harness):
-    first, again = harness.dense_network(0), harness.dense_network(0)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-
-
 def kept_network(tmp_path, harness, seed=0):
     """A copy of the harness that finds the dense network of the other one, and the network's path."""
     harness.dense_network(seed)
     shutil.copytree(harness.workdir, tmp_path, dirs_exist_ok=True)
     return Harness(harness.dataset, harness.arch, tmp_path, harness.pretrain), next(tmp_path.glob(f"*/dense_{seed}"))
+
+
+def test_the_dense_network_is_trained_once(tmp_path, harness, monkeypatch):
+    copy, _ = kept_network(tmp_path, harness)
+    monkeypatch.setattr(copy, "compiled", lambda *args: pytest.fail("is trained again"))
+    jax.tree.map(np.testing.assert_array_equal, copy.dense_network(0), harness.dense_network(0))
 
 
 def test_a_dense_network_that_was_trained_in_another_way_is_refused(tmp_path, harness):

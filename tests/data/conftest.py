@@ -1,8 +1,6 @@
-"""Where the tests find real datasets, and how they make small ones of their own."""
+"""How the tests make small datasets of their own."""
 
-import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-
-@pytest.fixture(scope="session")
-def data_dir() -> str:
-    """The TFDS data directory with the datasets to develop with; tests that need it are skipped where it is absent."""
-    path = Path(os.environ.get("LTP_DATA_DIR", Path(__file__).parents[2].parent / "shared" / "tfds"))
-    if not path.is_dir():
-        pytest.skip(f"no datasets in {path}; LTP_DATA_DIR says where they are")
-    return str(path)
-
-
-def encode(pixels: np.ndarray, file_format: str = "PNG", **options) -> bytes:
-    """A uint8 array as the bytes of an image file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, file_format, **options)
-    return buffer.getvalue()
+from tests.data.images import encode
 
 
 def write_dataset(root: Path, name: str, splits: dict[str, list[bytes]], label_kind: str = "label") -> Path:

@@ -1,14 +1,13 @@
 """Streams of the datasets that lie in memory."""
 
-import itertools
-
 import numpy as np
 import pytest
 
-from experiments.data.dataset import Batch, DataError
+from experiments.data.dataset import DataError
 from experiments.data.digits import digits
 from experiments.data.in_memory import InMemoryDataset, shift_and_flip
 from experiments.data.tfds_in_memory import cifar10, fashion_mnist
+from tests.data.streams import assert_equal, joined, take
 
 
 def numbered(train_size: int = 50, eval_size: int = 23, padding: int = 2, flip: bool = True) -> InMemoryDataset:
@@ -29,30 +28,6 @@ def numbered(train_size: int = 50, eval_size: int = 23, padding: int = 2, flip: 
         eval_images=rng.integers(1, 256, (eval_size, 6, 5, 3), np.uint8),
         eval_labels=np.arange(eval_size, dtype=np.int32),
     )
-
-
-def take(stream, count: int) -> list[Batch]:
-    return list(itertools.islice(stream, count))
-
-
-def assert_equal(a: list[Batch], b: list[Batch]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        for key in ("image", "label", "mask"):
-            np.testing.assert_array_equal(x[key], y[key])
-            assert x[key].dtype == y[key].dtype
-
-
-def joined(parts: list[list[Batch]]) -> list[Batch]:
-    """Global batches from the streams of all processes."""
-    return [
-        Batch(
-            image=np.concatenate([p["image"] for p in step]),
-            label=np.concatenate([p["label"] for p in step]),
-            mask=np.concatenate([p["mask"] for p in step]),
-        )
-        for step in zip(*parts, strict=True)
-    ]
 
 
 def test_batches_have_the_promised_shapes_and_dtypes():

@@ -4,37 +4,17 @@ import itertools
 import logging
 import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.data.dataset import Batch, DataError
+from experiments.data import photographs as photographs_module
+from experiments.data.dataset import DataError
 from experiments.data.photographs import photographs
-
-KEYS = ("image", "label", "mask")
-
-
-def take(stream, count: int) -> list[Batch]:
-    batches = list(itertools.islice(stream, count))
-    stream.close()
-    return batches
-
-
-def assert_equal(a, b) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        for key in KEYS:
-            np.testing.assert_array_equal(x[key], y[key])
-            assert x[key].dtype == y[key].dtype
-
-
-def joined(parts) -> list[dict[str, np.ndarray]]:
-    """Global batches from the streams of all processes."""
-    return [{key: np.concatenate([p[key] for p in step]) for key in KEYS} for step in zip(*parts, strict=True)]
+from tests.commands import run_python
+from tests.data.streams import assert_equal, joined, take
 
 
 @pytest.fixture
@@ -145,7 +125,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_worker_processes_end_with_a_run_that_is_killed(make_dataset, photos, tmp_path):
     make_dataset("tiny", {"train": photos, "test": photos})
-    done = subprocess.run([sys.executable, "-c", ORPHANS, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", ORPHANS, tmp_path, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (worker,) = done.stdout.split()
 
@@ -208,13 +188,13 @@ def test_a_dataset_without_one_readable_image_is_an_error(make_dataset, photos, 
 )
 def test_images_to_evaluate_on_are_those_held_out(make_dataset, photos, tmp_path, monkeypatch, name, given, expected):
     make_dataset("tiny", {"train": photos, "test": photos[:10]})
-    opened, open_split = [], photographs.__globals__["open_split"]
+    opened, open_split = [], photographs_module.open_split
 
     def opening(name, data_dir, split):
         opened.append((name, split))
         return open_split("tiny", data_dir, "train" if split == "train" else "test")
 
-    monkeypatch.setitem(photographs.__globals__, "open_split", opening)
+    monkeypatch.setattr(photographs_module, "open_split", opening)
     dataset = photographs(name, str(tmp_path), image_size=16, eval_split=given)
     assert opened == [(name, "train"), (name, expected)]
     assert (dataset.train_size, dataset.eval_size) == (23, 10)

@@ -9,12 +9,7 @@ import simplejpeg
 from PIL import Image
 
 from experiments.data import decoding, geometry
-
-
-def encode(image: Image.Image, file_format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
+from tests.data.images import encode
 
 
 def scene(height: int, width: int) -> Image.Image:

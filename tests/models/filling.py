@@ -1,11 +1,14 @@
 """The rule that fills networks and images with numbers, the same with PyTorch and without."""
 
+import json
 import math
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 
+FIXTURES = Path(__file__).parent / "fixtures"
 NUM_CLASSES = 1000
 
 _LAST_OF_BOTTLENECK = re.compile(r"layer\d\.\d+\.bn3\.weight")
@@ -27,6 +30,12 @@ def fill_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         # network in training by per cents.
         return (1 + 0.1 * noise) * np.float32(0.2 if _LAST_OF_BOTTLENECK.fullmatch(name) else 1)
     return noise * np.float32(math.sqrt(2 / math.prod(shape[1:])))
+
+
+def fill_state_dict(fixture: str) -> dict[str, np.ndarray]:
+    """The state dict of the network that a file of ``fixtures`` is of, under the names and in the layout of PyTorch."""
+    shapes = json.loads(np.load(FIXTURES / f"{fixture}.npz")["tensors"].tobytes())
+    return {name: fill_tensor(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def fill_images(batch: int, size: int) -> np.ndarray:

@@ -5,7 +5,6 @@ The reference is computed in float64, so that the tests measure the error of our
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ import timm  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import torchvision  # pyright: ignore[reportMissingImports]
 
-from tests.models.filling import fill_images, fill_labels, fill_tensor, sample
-
-FOLDER = Path(__file__).parent / "fixtures"
+from tests.models.filling import FIXTURES, fill_images, fill_labels, fill_tensor, sample
 
 # fixture, library, name in the library, batch, image size
 CASES = (
@@ -84,8 +81,8 @@ def reference(library: str, name: str, batch: int, size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
+    FIXTURES.mkdir(exist_ok=True)
     for fixture, library, name, batch, size in CASES:
         numbers = reference(library, name, batch, size)
-        np.savez_compressed(FOLDER / f"{fixture}.npz", **numbers)
-        print(fixture, (FOLDER / f"{fixture}.npz").stat().st_size, "bytes")
+        np.savez_compressed(FIXTURES / f"{fixture}.npz", **numbers)
+        print(fixture, (FIXTURES / f"{fixture}.npz").stat().st_size, "bytes")

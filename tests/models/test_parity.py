@@ -5,7 +5,6 @@
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +16,8 @@ from safetensors.numpy import save_file
 
 from ltp_jax import models, pretrained
 from ltp_jax.models.torch_names import torch_names
-from tests.models.filling import fill_images, fill_labels, fill_tensor, sample
+from tests.models.filling import FIXTURES, fill_images, fill_labels, fill_state_dict, sample
 
-FOLDER = Path(__file__).parent / "fixtures"
 # A network, and the origin of its weights where that is not the first.
 TRAINED = ("alexnet", "resnet50", "mobilenet_v2", "efficientnet_b0", "efficientnet_lite0-timm", "mixnet_s-timm")
 # These differ in blocks, width, names or padding; their training is that of the others.
@@ -48,10 +46,9 @@ def _assert_close(ours: Any, theirs: np.ndarray, scale: float, tolerance: float)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Reference numbers, with the same weights read through the import and the model built for them."""
     name, _, origin = request.param.partition("-")
-    numbers: dict[str, Any] = dict(np.load(FOLDER / f"{request.param}.npz"))
-    shapes = json.loads(numbers["tensors"].tobytes())
+    numbers: dict[str, Any] = dict(np.load(FIXTURES / f"{request.param}.npz"))
     path = tmp_path_factory.mktemp("weights") / "filled.safetensors"
-    save_file({key: fill_tensor(key, tuple(shape)) for key, shape in shapes.items()}, path)
+    save_file(fill_state_dict(request.param), path)
     variables, settings = pretrained.load(path, name, origin=origin or None)
     path.unlink()
     without_dropout = {"dropout_rate": 0.0, "drop_path_rate": 0.0}

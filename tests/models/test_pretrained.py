@@ -2,7 +2,6 @@
 
 import collections
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -17,9 +16,7 @@ from safetensors.numpy import save_file
 from ltp_jax import models, pretrained
 from ltp_jax.models.state_dict import read_state_dict
 from ltp_jax.models.weights import WEIGHTS
-from tests.models.filling import fill_tensor
-
-FIXTURES = Path(__file__).parent / "fixtures"
+from tests.models.filling import fill_state_dict
 
 
 class _Global:
@@ -172,8 +169,7 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
     """A state dict of timm's mobilenetv2_050."""
-    shapes = json.loads(np.load(FIXTURES / "mobilenet_v2_050-timm.npz")["tensors"].tobytes())
-    return {name: fill_tensor(name, tuple(shape)) for name, shape in shapes.items()}
+    return fill_state_dict("mobilenet_v2_050-timm")
 
 
 def _load(tensors: dict[str, np.ndarray], folder: Path, **options: Any) -> Any:
@@ -233,14 +229,12 @@ def test_settings_follow_the_origin(tensors: dict[str, np.ndarray], tmp_path: Pa
     assert len(set(origins)) == len(origins)
 
 
-def test_the_digest_in_a_file_name_chooses_the_weights() -> None:
-    candidates = pretrained.settings("resnet50")
-    template, names = {"stem/conv/kernel": (7, 7, 3, 64)}, {"conv1.weight": VALUES}
-    chosen = [
-        pretrained._choose(candidates, names, template, file_name).top1
-        for file_name in ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth", "model.safetensors")
-    ]
-    assert chosen == [76.13, 80.858, 76.13]
+def test_the_digest_in_a_file_name_chooses_the_weights(tmp_path: Path) -> None:
+    save_file(fill_state_dict("mobilenet_v2"), tmp_path / "model.safetensors")
+    for name in ("mobilenet_v2-b0353104.pth", "mobilenet_v2-7ebf99e0.pth"):
+        (tmp_path / name).hardlink_to(tmp_path / "model.safetensors")
+    top1 = {path.stem: pretrained.load(path, "mobilenet_v2")[1].top1 for path in tmp_path.iterdir()}
+    assert top1 == {"mobilenet_v2-b0353104": 71.878, "mobilenet_v2-7ebf99e0": 72.154, "model": 71.878}
 
 
 def test_what_a_file_may_be_of_as_well() -> None:

@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 
-from experiments import digits, run
+from experiments import digits
+from experiments.data.in_memory import InMemoryDataset
 from experiments.ending import run_command
 from ltp_jax.trail import Trail
 
@@ -25,11 +26,11 @@ def send() -> None:
 
 def main() -> None:
     drawn = 0
-    train_batches, save = run.Job._train_batches, Trail.save
+    train, save = InMemoryDataset.train, Trail.save
 
-    def counted_batches(self, batch_size, start_step):
+    def counted_batches(self, batch_size, **options):
         nonlocal drawn
-        for batch in train_batches(self, batch_size, start_step):
+        for batch in train(self, batch_size, **options):
             drawn += 1
             if drawn == int(os.environ.get("LTP_BATCH", "0")):
                 send()
@@ -47,7 +48,7 @@ def main() -> None:
         if entry.epoch > 0 and "LTP_WHILE_SAVING" in os.environ:
             os.kill(os.getpid(), int(os.environ["LTP_SIGNAL"]))
 
-    run.Job._train_batches = counted_batches
+    InMemoryDataset.train = counted_batches
     Trail.save = watched_save
     digits.main()
 
