@@ -74,14 +74,11 @@ def what_is_left(plan: ltp.Plan, hard: Any) -> tuple[float, dict[str, float]]:
 
 
 def check_training(record: Path, train: TrainConfig) -> None:
-    """Raises ConfigError if the network beside a record was trained in another way. One without a record gets it."""
+    """Raises ConfigError if the network beside a record was trained in another way."""
     wanted, path = dataclasses.asdict(train), record.with_suffix("")
-    if not record.exists():
-        write_json(record, wanted)
-        return
     try:
         found = dict(json.loads(record.read_text()))
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{record} is no record of a training ({error}); remove it and {path}, and both are made again"
         ) from error
