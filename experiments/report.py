@@ -67,24 +67,32 @@ def markdown(entries: Sequence[Entry], title: str) -> str:
     return "\n".join(lines)
 
 
-def terminal_table(trail: Trail) -> Table:
-    """The trail for a terminal; networks that no other beats in compression and accuracy are marked."""
+def terminal_table(trail: Trail, width: int) -> Table:
+    """The trail for a terminal of so many columns; networks that no other beats in compression and accuracy are marked.
+
+    All figures fit into 80 columns; a narrower terminal gets the most important ones.
+    """
     front = {entry.epoch for entry in trail.pareto()}
-    table = Table(title=f"the trail in {escape(str(trail.path))} (* no other entry is both sparser and more accurate)")
-    for name in ("epoch", "compression", "MACs", "top-1 %", "top-5 %", "loss", "gap", "drop"):  # fits into 80 columns
-        table.add_column(name, justify="right")
     dense = trail.dense.top1
-    for e in trail.entries:
-        table.add_row(
-            f"{'* ' if e.epoch in front else ''}{e.epoch}",
-            f"{e.compression:.2f}×",
-            _macs(e),
-            f"{e.top1:.2f}",
-            f"{e.top5:.2f}",
-            f"{e.loss:.4f}",
-            f"{e.gap:+.2f}",
-            f"{dense - e.top1:+.2f}",
-        )
+    rows = [
+        {
+            "epoch": f"{'* ' if e.epoch in front else ''}{e.epoch}",
+            "compression": f"{e.compression:.2f}×",
+            "MACs": _macs(e),
+            "top-1 %": f"{e.top1:.2f}",
+            "top-5 %": f"{e.top5:.2f}",
+            "loss": f"{e.loss:.4f}",
+            "gap": f"{e.gap:+.2f}",
+            "drop": f"{dense - e.top1:+.2f}",
+        }
+        for e in trail.entries
+    ]
+    shown = list(rows[0]) if width >= 80 else ["epoch", "compression", "top-1 %", "drop"]
+    table = Table(title=f"the trail in {escape(str(trail.path))} (* no other entry is both sparser and more accurate)")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
     return table
 
 

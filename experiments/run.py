@@ -107,7 +107,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
         metrics.close()
         if jax.process_index() == 0:
             paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
-            console.print(report.terminal_table(trail))
+            console.print(report.terminal_table(trail, console.width))
             log.info("report: %s", paths["table"])
     return trail
 

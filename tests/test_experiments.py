@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from experiments import report
@@ -125,6 +126,16 @@ def test_soft_figures_and_those_of_training_are_those_of_the_state(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if (row["stage"], row["kind"]) == ("prune", "train")][-1]
     assert last["accuracy"] == pytest.approx(100 * float(totals["correct"] / totals["examples"]))
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, 8), (79, 4), (40, 4)])
+def test_table_of_a_trail_fits_into_a_terminal(finished, width, columns):
+    trail, console = Trail(finished), Console(width=width, file=io.StringIO())
+    table = report.terminal_table(trail, width)
+    console.print(table)
+    assert len(table.columns) == columns
+    assert "…" not in console.file.getvalue()
+    assert f"{trail.entries[-1].compression:.2f}×" in console.file.getvalue()
 
 
 def test_table_and_pictures_of_a_trail(tmp_path, monkeypatch):
