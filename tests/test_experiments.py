@@ -128,7 +128,7 @@ def test_soft_figures_and_those_of_training_are_those_of_the_state(finished):
     assert last["accuracy"] == pytest.approx(100 * float(totals["correct"] / totals["examples"]))
 
 
-@pytest.mark.parametrize(("width", "columns"), [(80, 8), (79, 4), (40, 4)])
+@pytest.mark.parametrize(("width", "columns"), [(80, 8), (79, 4), (48, 4)])
 def test_table_of_a_trail_fits_into_a_terminal(finished, width, columns):
     trail, console = Trail(finished), Console(width=width, file=io.StringIO())
     table = report.terminal_table(trail, width)
@@ -532,8 +532,8 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--workdir", "gs://bucket/run"], "^--workdir: gs:/bucket/run is no path of a file system; accepted"),
         (["--dense=gs://bucket/dense"], "^--dense: gs:/bucket/dense is no path of a file system; accepted"),
         (["--data-dir=s3://bucket"], "^--data-dir is s3://bucket; accepted is a path of this machine"),
-        (["--workdir=/a/[b]/c"], r"^--workdir is /a/\[b\]/c; accepted is a path without"),
-        (["--dense=/a?"], r"^--dense is /a\?; accepted is a path without"),
+        (["--workdir=/a/[b]/c"], r"^--workdir: /a/\[b\]/c is a pattern to Orbax; accepted is a path without"),
+        (["--dense=/a?"], r"^--dense: /a\? is a pattern to Orbax; accepted is a path without"),
         (["--workdir=~nobody-of-that-name/a"], "^a path that begins with ~ has no meaning here"),
         (["--distributed.heartbeat-timeout=9999999"], "heartbeat-timeout is 9999999; accepted is 1 to 604800 seconds"),
         (["--ltp.penalty", "3", "--ltp.target-macs=2"], "--ltp.penalty and --ltp.target-macs exclude each other"),
@@ -593,7 +593,9 @@ def test_a_run_elsewhere_may_be_started_in_a_directory_that_looks_like_a_pattern
     (tmp_path / "[a]").mkdir()
     monkeypatch.chdir(tmp_path / "[a]")
     assert parse(PRESETS, "", [f"--workdir={tmp_path}/run"]).workdir == tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"^--workdir is .*/\[a\]/run; accepted is a path without"):
+    with pytest.raises(
+        ConfigError, match=r"^--workdir: .*/\[a\]/run is a pattern to Orbax; accepted is a path without"
+    ):
         parse(PRESETS, "", ["--workdir=run"])
 
 
