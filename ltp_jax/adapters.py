@@ -65,7 +65,10 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
         logits = model(preprocess(images))
         nnx.pop(model, nnx.Intermediate)  # the graph definition does not know of it
         trained = {tuple(path) for path, _ in nnx.to_flat_state(params)}
-        rest = nnx.split(model, lambda path, _: tuple(path) in trained, ...)[2]
+        rest: Any = nnx.split(model, lambda path, _: tuple(path) in trained, ...)[2]
+        if train and key is not None:
+            # The streams as they were: reseeded in every step they decide nothing, and a key may be of another kind.
+            rest = nnx.merge_state(rest, nnx.filter_state(batch_stats, nnx.RngState))
         there, before = (dict(named_leaves(state)) for state in (rest, batch_stats))
         if changed := sorted(there.keys() ^ before.keys()):
             raise ValueError(

@@ -50,8 +50,9 @@ def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
         raise TrailError(
             f"{path} holds other things than a network, which would be lost; name a directory for it alone"
         )
+    network = plain_network(params, batch_stats)
     with writing(path), ocp.StandardCheckpointer(async_options=_directories_first()) as checkpointer:
-        checkpointer.save(path, plain_network(params, batch_stats), force=True)
+        checkpointer.save(path, network, force=True)
 
 
 def restore_network(path: str | Path) -> dict[str, Any]:
@@ -186,6 +187,8 @@ def plain_network(params: Any, batch_stats: Any) -> dict[str, Any]:
 
     network = nn.meta.unbox(jax.tree.map(plain, {"params": params, "batch_stats": batch_stats}, is_leaf=is_state))
     names = Counter(path.replace("/", ".") for path, _ in named_leaves(network))  # as Orbax has them
+    if empty := [path for path, leaf in named_leaves(network) if np.size(leaf) == 0]:
+        raise TrailError(f"{empty[0]} has no elements, and Orbax keeps no such tensor; leave it out of the network")
     if again := [name for name, count in names.items() if count > 1]:
         raise TrailError(f"two tensors would both be {again[0]} on disk; give one of them a name without dots")
     return network

@@ -19,8 +19,9 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     that a network may fold windows or frames into the batch. So ``uses · size`` is what a layer computes, and ``uses ·
     kept`` what is left of it. Nothing is computed: the network is traced with shapes alone.
 
-    Counted are ``kernel``s of two dimensions, those of ``nn.DenseGeneral`` and so of attention, and those with as many
-    dimensions as their module's output, which are taken for convolutions.
+    Counted are ``kernel``s of two dimensions whose module leaves the positions of its input as they are, those of
+    ``nn.DenseGeneral`` and so of attention, and those with as many dimensions as their module's output, which are taken
+    for convolutions. A kernel that another module reads, as a decoder that shares it, is counted for its own alone.
 
     Args:
       module: a Linen network.
@@ -62,7 +63,9 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
             # A module that is called several times uses its weights as often; how often a transform calls it is not
             # known here. One call that cannot be counted leaves the sum unknown.
             known = context.method_name == "__call__" and at_top
-            uses[path] = uses.get(path, 0) + (_positions(module, kernel, output) / batch if known else math.nan)
+            given = next(iter((*args, *method_kwargs.values())), None)
+            positions = _positions(module, kernel, given, output) if known else math.nan
+            uses[path] = uses.get(path, 0) + positions / batch
         return output
 
     def trace(variables, x):
@@ -83,7 +86,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     return {path: uses[path] for path in plan.paths}
 
 
-def _positions(module: nn.Module, kernel: jax.Array, output: Any) -> float:
+def _positions(module: nn.Module, kernel: jax.Array, given: Any, output: Any) -> float:
     """At how many positions of a batch a module uses its kernel in one call; NaN if that is not certain."""
     if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
         return math.prod(output.shape[: output.ndim - np.size(module.features)])
@@ -93,4 +96,6 @@ def _positions(module: nn.Module, kernel: jax.Array, output: Any) -> float:
         return math.nan
     if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:
         return math.nan
+    if kernel.ndim == 2 and not isinstance(module, nn.Dense) and np.shape(given)[:-1] != output.shape[:-1]:
+        return math.nan  # of the module's own making: it may have pooled what came out of the product
     return math.prod(output.shape[:-1]) if kernel.ndim in (2, output.ndim) else math.nan

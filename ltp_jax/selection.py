@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 Params = Any
 """A pytree of arrays: a Linen parameter dict, an NNX ``State`` as ``nnx.state(model, nnx.Param)``, or any other."""
@@ -133,8 +134,10 @@ def plan(params: Params, rules: Sequence[Rule] = ()) -> Plan:
     Raises:
       ValueError: if two tensors have the same path, or a tensor lacks an axis along which a rule stacks it, or has no
         other.
-      TypeError: if the rules are no sequence of rules, or one of the parameters is no array.
+      TypeError: if the rules are no sequence of rules, one of the parameters is no array, or they are an NNX module.
     """
+    if isinstance(params, nnx.Module):
+        raise TypeError("the parameters are an NNX module, where shared layers would be met twice; give its nnx.state")
     if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError(f"the rules are {rules!r}; accepted is a list of ltp_jax.Rule")
     for path, leaf in named_leaves(params):

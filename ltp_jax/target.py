@@ -33,6 +33,8 @@ FIXED_TEMPERATURE = 2e-38
 """``T`` of fixed masks, about the least of float32: the soft mask is a step, and soft and hard network are the same."""
 MAX_STEP = 0.3
 """Most that ``log m`` moves in a training step."""
+ANY_SCALE = 1e-3
+"""``m`` to begin with where every one leaves as many weights."""
 LEAST_SHARE = 0.1
 """Of the weights that LAMP would leave a layer at the target, what it keeps on the way there."""
 
@@ -165,6 +167,8 @@ def target_density(
         # A long plan leaves all of them at first: some weight has to go, or the scale would be zero and stay there.
         aim = measured.present * jnp.minimum(planned(1), 1 - 2 * SLACK)
         scale = solve_scale(params, thresholds, offsets, measured.largest, aim, shares)
+        # Where the largest weights of their layers, all of one size, are more than that, none is enough: any will do.
+        scale = jnp.where(scale > 0, scale, ANY_SCALE)
         at_target = ravel_pytree(thresholds)[1](scaled_thresholds(jnp.float32(1), offsets))
         return offsets, LEAST_SHARE * measure(params, at_target, shares).kept, scale
 
@@ -181,8 +185,6 @@ def target_density(
         # plan asks for more weights than are not zero, the scale waits for it.
         wanted = planned(step + 1)
         waits = (step == 0) | (wanted >= measured.present)
-        move = jnp.where(waits, 0, newton_step(measured.density, measured.slopes, wanted))
-        log_scale = state.log_scale + move
         # ∂L/∂a = 2τ · ∂L/∂τ
         tau, by_path = ravel_pytree(state.thresholds)
         loss_grads = finite_or_zero(ravel_pytree(grads)[0] * 2 * tau)
@@ -190,6 +192,10 @@ def target_density(
             without_component(loss_grads, measured.slopes), state.optimizer, state.offsets
         )
         moved = cast(jax.Array, optax.apply_updates(state.offsets, finite_or_zero(cast(jax.Array, updates))))
+        move = jnp.where(waits, 0, newton_step(measured.density, measured.slopes, wanted))
+        short = measured.kept < state.least
+        move = jnp.minimum(move, room(moved, state.log_scale, measured.largest, short))
+        log_scale = state.log_scale + move
         lowered = moved - shortfall(measured.kept, measured.slopes, state.least, move)
         offsets = below_the_largest(lowered, log_scale, measured.largest)
         prune = state.prune.replace(thresholds=by_path(scaled_thresholds(jnp.exp(log_scale), offsets)))
@@ -218,9 +224,28 @@ def below_the_largest(offsets: jax.Array, log_scale: jax.Array, largest: jax.Arr
       log_scale: ``log m``.
       largest: ``w²`` of the largest weight of each layer, a row.
     """
+    return jnp.minimum(offsets, highest(largest) - log_scale)
+
+
+def room(offsets: jax.Array, log_scale: jax.Array, largest: jax.Array, short: jax.Array) -> jax.Array:
+    """How far the common scale can rise before no threshold rises with it any more; zero if none does already.
+
+    Where many weights of one size are the largest of their layers, the planned density may be below what they are: the
+    scale would rise for ever, until it is infinite.
+
+    Args:
+      offsets: ``a_l``, a row.
+      log_scale: ``log m``.
+      largest: ``w²`` of the largest weight of each layer, a row.
+      short: which layers lack weights, so that their thresholds do not rise, a row.
+    """
+    return jnp.maximum(jnp.max(jnp.where(short, -jnp.inf, highest(largest) - offsets)) - log_scale, 0)
+
+
+def highest(largest: jax.Array) -> jax.Array:
+    """``log √τ_l`` of the highest thresholds that leave each layer its largest weight, of ``w²``, both rows."""
     # A thousandth, so that rounding leaves the threshold below; the least normal number, for a layer of zeros.
-    tiny = jnp.finfo(jnp.float32).tiny
-    return jnp.minimum(offsets, jnp.log(jnp.maximum(largest, tiny)) / 2 - 1e-3 - log_scale)
+    return jnp.log(jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)) / 2 - 1e-3
 
 
 def shortfall(kept: jax.Array, slopes: jax.Array, least: jax.Array, move: jax.Array) -> jax.Array:

@@ -161,9 +161,11 @@ class Trail:
         """
         if min_compression is None and max_top1_drop is None:
             raise TrailError("ask for min_compression, max_top1_drop, or both")
-        entries = self.entries
+        entries = [entry for entry in self.entries if entry.top1 == entry.top1]
         if not entries:
-            raise TrailError(f"the trail in {self.path} has no entry yet")
+            raise TrailError(f"the trail in {self.path} has no entry yet that has an accuracy")
+        if max_top1_drop is not None and self.dense.top1 != self.dense.top1:
+            raise TrailError(f"the dense network of the trail in {self.path} has no accuracy to be compared with")
         wanted_compression = 0.0 if min_compression is None else min_compression
         # Accuracies are counts of images in percent, targets are met to one weight in a million: a rounding error must
         # not decide.

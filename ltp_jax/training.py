@@ -67,6 +67,8 @@ def create_state(
             raise ValueError(
                 f"{path} is of {dtype}, which cannot be trained; what is kept as it is belongs into batch_stats"
             )
+    # Of a weak type, as jnp.full(3, 0.1) is, the first step would make another one, and be compiled again for that.
+    params, batch_stats = jax.tree.map(_typed, (params, batch_stats))
     # The state of an optimizer may begin with the very arrays of the parameters, and that of thresholds with theirs.
     own = jax.tree.map(jnp.copy, (params, batch_stats, pruner.init(params), optimizer.init(params), key))
     params, batch_stats, pruning, optimizer_state, key = own
@@ -79,6 +81,11 @@ def create_state(
         key=key,
         totals=zero_totals(),
     )
+
+
+def _typed(leaf: Any) -> Any:
+    dtype = jnp.result_type(leaf)
+    return leaf if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(leaf, dtype)
 
 
 def zero_totals() -> dict[str, jax.Array]:
@@ -108,8 +115,9 @@ def make_train_step(
         decay one.
       pruner: the pruning method, which updates its own thresholds.
       loss: what is minimised, together with the method's penalty, which a scale within it does not reach. Devices
-        that each see a part of the batch, as with ``jax.shard_map``, take their mean here: a mean that the optimizer
-        takes would leave each with thresholds of its own.
+        that each see a part of the batch by ``jax.shard_map`` take their mean here: a mean that the optimizer takes
+        would leave each with thresholds of its own. It is of no use without that function's check of what is
+        replicated (``check_vma``, on by default), nor under ``jax.pmap``: each device would have gradients of its own.
 
     Raises:
       ValueError: from the step, if the labels are not of the logits' shape without its last axis.

@@ -52,12 +52,18 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
     shapes = {tensor.path: tensor.threshold_shape for tensor in plan.tensors if tensor.prune}
     temperatures = {path: method.temperature(leaves[path], t0, shape) for path, shape in shapes.items()}
     for path, layers in temperatures.items():
-        known = () if isinstance(layers, jax.core.Tracer) else each_layer(path, jax.device_get(layers))
-        for layer, temperature in known:
-            if not (np.isfinite(temperature) and temperature > 0):
+        if isinstance(layers, jax.core.Tracer):
+            continue
+        # Rounding leaves weights of one size a variance that is not zero.
+        sizes = jnp.abs(leaves[path])
+        ends = (method.over_layers(reduction, sizes, layers.shape) for reduction in (jnp.min, jnp.max))
+        varied = dict(each_layer(path, jax.device_get(jnp.not_equal(*ends))))
+        for layer, temperature in each_layer(path, jax.device_get(layers)):
+            if not (np.isfinite(temperature) and temperature > 0 and varied[layer]):
                 raise ValueError(
-                    f"{layer} has a temperature of {temperature}: its weights are all of one size or not finite, or "
-                    "t0 is not positive. LTP starts from trained weights; a rule with prune=False leaves a tensor out"
+                    f"{layer} has a temperature of {temperature}: its weights are all of one size or not finite, or so "
+                    "small or large that float32 has no number for their squares, or t0 is not positive. LTP starts "
+                    "from trained weights; a rule with prune=False leaves a tensor out"
                 )
     return PruneState({path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}, temperatures)
 

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from experiments.ahead_of_time import Figures
-from experiments.benchmarks import input_pipeline, lean_step, seeds, targets
+from experiments.benchmarks import input_pipeline, lean_step, rows, seeds, targets
 from experiments.options import ConfigError
 from ltp_jax.trail import Entry
 
@@ -73,7 +73,7 @@ def test_times_are_added_to_those_that_are_there(tmp_path, monkeypatch):
     words = ["time", "--arch=lenet_300_100", "--batch-size=8", "--steps=1", f"--out={out}"]
     before = {"arch": "lenet_300_100", "image_size": 28, "batch_size": 8, "device": jax.devices()[0].device_kind}
     before |= dict.fromkeys(("seconds", "median_seconds", "ratio_to_dense"))
-    lean_step.write(out, [before])
+    rows.write(out, [before])
     monkeypatch.setattr(sys, "argv", ["lean_step.py", *words])
     monkeypatch.setattr(lean_step, "COMPARED", ("dense",))  # which is soon compiled
     lean_step.main()

@@ -129,6 +129,17 @@ def test_one_call_that_cannot_be_counted_leaves_the_sum_unknown():
         uses_per_input(Twice(), images, plan, train=False)
 
 
+def test_a_module_that_pools_what_came_out_of_its_kernel_is_not_counted():
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return (x @ self.param("kernel", nn.initializers.ones, (3, 4))).mean(1)
+
+    plan, images = plan_of(Pooled(), (2, 10, 3))
+    with pytest.raises(ValueError, match="the uses of kernel are not known"):
+        uses_per_input(Pooled(), images, plan, train=False)
+
+
 def test_a_tensor_whose_uses_cannot_be_counted_is_named():
     class Odd(nn.Module):
         @nn.compact

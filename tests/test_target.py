@@ -143,6 +143,49 @@ def test_a_layer_keeps_weights_while_all_others_grow(density):
     assert summary.count_kept() == 50_000 * density // 1
 
 
+def test_the_common_scale_rises_no_farther_than_a_threshold_does():
+    # The thresholds of a and b can rise to 4 and 8, less a thousandth, and are at 2 · 1.5 and 2 · 1; c lacks weights.
+    offsets, largest = jnp.log(jnp.array([1.5, 1.0, 1.0])), jnp.array([16.0, 64.0, 1e6])
+    short = jnp.array([False, False, True])
+    left = target.room(offsets, jnp.log(2.0), largest, short)
+    assert float(left) == pytest.approx(math.log(4) - 1e-3, abs=1e-6)
+    assert target.room(offsets, jnp.log(8.0), largest, short) == 0
+    assert target.room(offsets, jnp.log(2.0), largest, jnp.ones(3, bool)) == 0
+
+
+def held_still(params, density, steps):
+    """The states of a target for weights that are not trained."""
+    pruner = target.target_density(ltp.plan(params), density, prune_steps=steps // 4, select_steps=steps - 2)
+    still = dict.fromkeys(THREE_LAYERS, jnp.float32(0))
+    states = [pruner.init(params)]
+    update = jax.jit(pruner.update)
+    for step in range(steps):
+        params, state = update(still, params, params, states[-1], jnp.int32(step))
+        states.append(state)
+    return params, states
+
+
+@pytest.mark.parametrize("density", [1 / 16, 1 / 64])
+def test_clipped_weights_of_which_the_target_leaves_fewer_than_are_the_largest(density):
+    """A third of the weights are of one size, the largest of their layers, and kept or pruned together."""
+    clip = 0.25
+    params = jax.tree.map(lambda w: jnp.clip(w, -clip, clip), three_layers())
+    largest = sum(np.count_nonzero(np.abs(w) == clip) for path, w in ltp.named_leaves(params) if path in THREE_LAYERS)
+    assert largest > 1696 / 16
+    params, states = held_still(params, density, steps=500)
+    # The scale would rise by up to 0.3 in each step, and be infinite from 88 on.
+    assert max(float(state.log_scale) for state in states) < 5
+    assert all(np.isfinite(tau) for tau in states[-1].thresholds.values())
+    # Each layer is taken to have one of them, so that the others are not emptied for what they cannot change.
+    assert ltp.summarize(params, states[-1].prune).count_kept() == largest + 1696 * density // 1 - len(THREE_LAYERS)
+
+
+def test_weights_of_one_size_and_zeros_have_a_scale_to_begin_with():
+    params = jax.tree.map(lambda w: jnp.where(jnp.abs(w) > 0.2, jnp.sign(w), 0), three_layers())
+    params, states = held_still(params, 1 / 16, steps=40)
+    assert all(np.isfinite(state.log_scale) for state in states)
+
+
 def test_two_updates_by_hand():
     # Two tensors of ten weights; √τ of 1 and 2 on the way from 16 of 20 weights to 4 of 20.
     sizes = np.array([0.5, 0.92, 1.04, 1.5, 1.6, 1.7, 1.8, 1.9, 1.95, 3.0], np.float32)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_a_pattern_is_no_path(tmp_path, monkeypatch):
         with pytest.raises(TrailError, match=r"(\[a\]/run|run\?|\*/network|network) is a pattern to Orbax; accepted"):
             opened()
     assert [path.name for path in tmp_path.rglob("*")] == ["[a]"]
+
+
+def test_entries_without_an_accuracy_are_not_picked(tmp_path):
+    trail = Trail(tmp_path, create=True)
+    for e in (entry(0, 1.0, math.nan), entry(1, 4.0, 80.0), entry(2, 8.0, math.nan)):
+        trail.save(e, PARAMS, STATS)
+    assert trail.pick(min_compression=2).epoch == 1
+    with pytest.raises(TrailError, match=r"no entry has at least 5×; the nearest is epoch 1: 4.00×"):
+        trail.pick(min_compression=5)
+    with pytest.raises(TrailError, match=r"the dense network of the trail in .* has no accuracy to be compared with"):
+        trail.pick(max_top1_drop=1)
+    trail.close()
+
+
+def test_a_tensor_without_elements_is_refused_by_its_name(tmp_path):
+    with pytest.raises(TrailError, match=r"^params/a has no elements"):
+        save_network(tmp_path / "network", {"a": jnp.zeros((0, 4))}, {})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The thresholds' own optimizer, the training step, and the evaluation step."""
 
+import itertools
+
 import chex
 import flax
 import jax
@@ -317,6 +319,39 @@ def test_an_nnx_network_that_sows_is_trained():
         state = step(state, {"image": jnp.ones((4, 3)), "label": jnp.zeros(4, jnp.int32)})
     assert state.step == 3
     apply(state.params, state.batch_stats, jnp.ones((4, 3)), train=False, key=None)
+
+
+class Dropping(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.dense(x))
+
+
+def test_the_kind_of_key_of_a_run_need_not_be_that_of_an_nnx_network():
+    graphdef, params, rest = nnx.split(Dropping(nnx.Rngs(0)), nnx.Param, ...)
+    pruner, optimizer = pruners.dense(), optax.sgd(0.1)
+    step = make_train_step(nnx_apply(graphdef), optimizer, pruner, cross_entropy())
+    state = create_state(params, rest, optimizer, pruner, jax.random.key(0, impl="rbg"))
+    batches = {"image": jnp.ones((3, 4, 3)), "label": jnp.zeros((3, 4), jnp.int32)}
+    state, losses = jax.lax.scan(lambda state, batch: (step(state, batch), state.totals["loss"]), state, batches)
+    assert len({float(after - before) for before, after in itertools.pairwise(losses)}) == 2  # it drops out others
+
+
+def test_parameters_of_weak_types_take_one_trace():
+    params = {"kernel": 0.3 * jnp.arange(6.0).reshape(3, 2), "bias": jnp.full(2, 0.1)}
+    assert params["bias"].weak_type
+
+    def apply(params, batch_stats, images, *, train, key):
+        return images @ params["kernel"] + params["bias"], batch_stats
+
+    pruner, optimizer = pruners.dense(), optax.sgd(0.1, momentum=0.9)
+    step = jax.jit(chex.assert_max_traces(make_train_step(apply, optimizer, pruner, cross_entropy()), n=1))
+    state = create_state(params, {}, optimizer, pruner, jax.random.key(0))
+    for _ in range(3):
+        state = step(state, {"image": jnp.ones((4, 3)), "label": jnp.zeros(4, jnp.int32)})
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")

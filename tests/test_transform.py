@@ -83,6 +83,18 @@ def test_plan_prints_path_shape_parameters_and_rule(params):
     assert line.split() == ["conv/kernel", "3×3×3×8", "216", "prune", "(.*/)?kernel"]
 
 
+def test_an_nnx_module_in_place_of_its_state_is_refused():
+    with pytest.raises(TypeError, match=r"an NNX module, where shared layers would be met twice; give its nnx.state"):
+        ltp.plan(networks.NnxNet(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_init_refuses_weights_whose_squares_are_no_numbers(scale):
+    tree = {"kernel": scale * jax.random.normal(jax.random.key(0), (3, 3))}
+    with pytest.raises(ValueError, match="so small or large that float32 has no number for their squares"):
+        ltp.init(tree, ltp.plan(tree))
+
+
 def test_parameters_that_are_no_arrays_are_named():
     with pytest.raises(TypeError, match=r"scale is 1.0; accepted are arrays"):
         ltp.plan({"dense": {"kernel": jnp.ones((2, 3))}, "scale": 1.0})
@@ -123,9 +135,9 @@ def test_init_gives_eq_15_per_tensor_and_zero_thresholds(params):
             assert state.thresholds[path] == 0
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan])
+@pytest.mark.parametrize("value", [0.0, 0.3, np.nan])  # of 0.3 rounding makes a variance of 9e-14
 def test_init_refuses_a_tensor_without_spread(value):
-    tree = {"kernel": jnp.full((3, 3), value)}
+    tree = {"kernel": jnp.full((10, 10), value)}
     with pytest.raises(ValueError, match="kernel has a temperature of"):
         ltp.init(tree, ltp.plan(tree))
 

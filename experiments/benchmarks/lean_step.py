@@ -10,7 +10,6 @@ measurement, or to the file of `--out`; what is there stays.
 """
 
 import dataclasses
-import json
 import platform
 import statistics
 import time
@@ -24,13 +23,13 @@ import numpy as np
 import tyro
 
 from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
+from experiments.benchmarks.rows import PAPER, check_arch, read, write
 from experiments.chips import topology
 from experiments.config import LtpConfig, TrainConfig
 from experiments.data.photographs import usable_cores
-from experiments.dry_run import IMAGENET_TRAIN_SIZE
+from experiments.dry_run import COMPILE_TIMEOUT, IMAGENET_TRAIN_SIZE
 from experiments.ending import run_command
 from experiments.options import ConfigError, read_options, require, require_any, require_local, require_writable
-from experiments.record import write_whole
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh
 
@@ -44,7 +43,6 @@ METHODS = {
 COMPARED = ("dense", "penalty", "target")
 COMPILE_KEYS = ("arch", "method", "topology", "images_per_chip", "flops", "bytes_accessed", "peak_bytes", "collectives")
 TIME_KEYS = ("arch", "seconds", "median_seconds", "ratio_to_dense")
-PAPER = ("resnet50", "alexnet", "mobilenet_v2", "efficientnet_b0", "mixnet_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Compile:
     """The slice."""
     images_per_chip: int = 256
     """The batch of each chip."""
-    timeout: float = 7200.0
+    timeout: float = COMPILE_TIMEOUT
     """Seconds that a compilation may take."""
     out: Path = Path("runs/lean_step_compile.json")
     """The JSON file to add to; what it has is not compiled again."""
@@ -106,12 +104,6 @@ class Time:
                 f"--batch-size is {self.batch_size}; accepted are multiples of the {jax.device_count()} devices"
             )
         require(self.steps >= 1, "--steps", self.steps, "at least 1")
-
-
-def check_arch(arch: str) -> None:
-    """Raises ConfigError if the library has no such network."""
-    if arch not in models.names():
-        raise ConfigError(f"--arch is {arch}; accepted are {', '.join(models.names())}")
 
 
 def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, slice_name: str) -> Step:
@@ -244,25 +236,6 @@ def _fill(shapes: Any, rng: np.random.Generator) -> Any:
         return np.full(shape.shape, "var" in name, shape.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
-
-
-def read(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a result file; none if it is not there. Raises ConfigError if it has others than of these keys."""
-    try:
-        rows = json.loads(path.read_text()) if path.exists() else []
-        if not isinstance(rows, list):
-            raise ValueError("it is no list")
-        rows = [dict(row) for row in rows]
-        if lacking := sorted({key for row in rows for key in keys if key not in row}):
-            raise ValueError(f"a row lacks {', '.join(lacking)}")
-        return rows
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--out is {path}, which holds no results of this benchmark ({error})") from error
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows, one on a line; the file is there as a whole or as it was."""
-    write_whole(path, "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
 
 
 def main() -> None:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ltp_jax as ltp
-from experiments.benchmarks.lean_step import PAPER, check_arch, read, write
+from experiments.benchmarks.rows import PAPER, check_arch, read, write
 from experiments.components import budget_left, init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
 from experiments.ending import run_command
@@ -103,8 +102,7 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
     shares, off_plan, fewest = [], 0.0, math.inf
     for i in range(options.steps):
         rows = rng.choice(IMAGES, options.batch_size, replace=False)
-        mask = jnp.ones(options.batch_size, bool)
-        state = step(state, {"image": images[rows], "label": labels[rows], "mask": mask})
+        state = step(state, {"image": images[rows], "label": labels[rows]})
         summary = jax.device_get(summarize(state))
         whole, left = budget_left(summary, budget)
         shares.append(left / whole)
