@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import chex
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ from experiments.options import ConfigError
 from experiments.record import record, to_json, write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
+from ltp_jax.pruner import dense
 from ltp_jax.trail import Entry, Trail
 from tests.commands import ROOT, run_python
 
@@ -278,22 +280,31 @@ class Counting:
 
 
 def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_path):
-    asked = []
+    asked, begun = {}, []
 
     class Asked(Counting):
         def train(self, batch_size, **options):
-            asked.append((options["seed"], options["start_step"]))
-            return self._dataset.train(batch_size, **options)
+            asked.update(options)
+            raise Interrupted
 
-    # A step in each stage, of which a float32 keeps nothing.
-    still = TrainConfig(epochs=1, batch_size=1000, learning_rate=1e-30)
-    start(tiny(tmp_path, seed=7, pretrain=still, train=still), Asked(digits()))
-    assert asked == [(7, 0), (7, 0)]
-    module = models.create("digits", num_classes=10)
+    module, config = models.create("digits", num_classes=10), tiny(tmp_path, seed=7)
+    metrics, resume = SimpleNamespace(rewind=lambda *args: None), SimpleNamespace(restore=lambda abstract: None)
+    job = runs.Job(config, module, Asked(digits()), None, metrics, Console(), lambda: False)
+    with pytest.raises(Interrupted):
+        job._fit(
+            "pretrain",
+            config.pretrain,
+            dense(),
+            optax.sgd(0.1),
+            None,
+            resume,
+            keep=lambda state, epoch: begun.append(state),
+            settle=lambda: None,
+        )
+    assert (asked["seed"], asked["start_step"]) == (7, 0)
     expected = module.init(jax.random.key(7), np.zeros((1, 8, 8, 1), np.float32), train=False)
-    chex.assert_trees_all_close(restore_network(tmp_path / "dense")["params"], expected["params"], rtol=1e-5)
-    state = ocp.StandardCheckpointer().restore(tmp_path / "resume" / "1" / "state")
-    np.testing.assert_array_equal(jax.random.key_data(state["key"]), jax.random.key_data(jax.random.key(7)))
+    chex.assert_trees_all_close(begun[0].params, expected["params"], rtol=1e-5)
+    np.testing.assert_array_equal(jax.random.key_data(begun[0].key), jax.random.key_data(jax.random.key(7)))
 
 
 @pytest.mark.parametrize(("batch_size", "after"), [(128, 12), (96, 5), (96, 16)])
@@ -739,7 +750,8 @@ def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
         "runpy.run_module('experiments.digits', run_name='__main__', alter_sys=True)"
     )
     words = [f"--workdir={tmp_path / 'run'}", f"--dense={finished / 'dense'}", *TINY, *TO_PENALTY]
-    done = run_python("-c", code, *words)
+    # What it compiles is not kept for other tests: that would be cut off as well.
+    done = run_python("-c", code, *words, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9")
     assert done.returncode == 1
     assert sum(line.startswith("error: cannot write to") for line in done.stderr.splitlines()) == 1
     assert "what was saved before is whole" in done.stderr

@@ -22,6 +22,7 @@ from experiments.record import record, to_json
 from ltp_jax import models, pretrained
 from ltp_jax.trail import Trail
 from tests.commands import ROOT, run_python
+from tests.data.making import make_photos, write_dataset
 from tests.models.filling import fill_state_dict
 
 # The command, which sends SIGTERM to itself with the training batch before the step that the environment says.
@@ -95,27 +96,32 @@ def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(
     assert imagenet_weights.dense_settings(other).origin == "torchvision"
 
 
-def test_other_dataset_gets_a_new_head_and_training_before_pruning(data_dir, tmp_path, command):
+def test_other_dataset_gets_a_new_head_and_training_before_pruning(tmp_path, command):
+    """One of three classes, with two steps in each stage."""
     weights = tmp_path / "w.safetensors"
-    save_file(fill_state_dict("mobilenet_v2_050-timm"), weights)
+    save_file(fill_state_dict("resnet18"), weights)
+    photos = make_photos()
+    write_dataset(tmp_path, "tiny", {"train": photos, "test": photos[:10]})
     command(
-        "--arch=mobilenet_v2_050",
+        "--arch=resnet18",
         f"--pretrained={weights}",
-        "--dataset=clothing_small",
-        f"--data-dir={data_dir}",
+        "--dataset=tiny",
+        f"--data-dir={tmp_path}",
         f"--workdir={tmp_path / 'run'}",
         "--image-size=32",
         "--workers=0",
         "--pretrain.epochs=1",
         "--pretrain.warmup-epochs=0",
-        "--pretrain.batch-size=1024",
+        "--pretrain.batch-size=8",
         "--train.epochs=1",
         "--train.warmup-epochs=0",
-        "--train.batch-size=1024",
+        "--train.batch-size=8",
         "--ltp.target-compression=3",
     )
     trail = Trail(tmp_path / "run")
-    assert trail.restore(trail.dense)["params"]["head"]["kernel"].shape[-1] == 10
+    assert trail.restore(trail.dense)["params"]["head"]["kernel"].shape[-1] == 3
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"pretrain", "prune"}
     assert trail.entries[-1].compression == pytest.approx(3, rel=0.01)
 
 

@@ -1,5 +1,6 @@
 """What every network promises: its size, its dtypes, its names, and the plain operations on accelerators."""
 
+import functools
 from typing import Any
 
 import jax
@@ -48,9 +49,11 @@ def test_bfloat16_keeps_variables_and_logits_in_float32(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_network_runs_and_learns_something(name: str) -> None:
     model, images = models.create(name), _images(name, 8)
-    variables = dict(jax.jit(lambda x: model.init(jax.random.key(1), x, train=False))(images))
+    # Each function runs once or twice: compiling it is what takes the time.
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    variables = dict(jit(lambda x: model.init(jax.random.key(1), x, train=False))(images))
 
-    @jax.jit
+    @jit
     def step(params: Any) -> Any:
         def loss(params: Any) -> Any:
             logits, _ = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
