@@ -116,8 +116,8 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
         zorder=3,
     )
     axes.plot(
-        [e.compression for e in front],
-        [e.top1 for e in front],
+        [min(e.compression for e in entries), *(e.compression for e in front)],
+        [front[0].top1, *(e.top1 for e in front)],
         color="tab:red",
         linewidth=1.2,
         drawstyle="steps-pre",  # between two entries there is no network: who asks for as much gets the sparser one
