@@ -227,7 +227,8 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
         axes.set_xticks(
             range(len(layers)), [layer.removesuffix("/kernel") for layer in layers], rotation=30, ha="right"
         )
-        axes.set_title(f"{compression:g}×" + f" ({', '.join(missed)})" * bool(missed), fontsize=9)
+        title = f"{compression:g}×"
+        axes.set_title(f"{title} ({', '.join(missed)})" if missed else title, fontsize=9)
         axes.grid(axis="y", which="both", alpha=0.3)
     figure.supylabel("kept weights of the layer, %", fontsize=10)
     dots = {label: dot for axes in panels for dot, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import math
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tyro
 
-from ltp_jax.checkpoints import TrailError, checkpoint_path
+from ltp_jax.checkpoints import TrailError, checkpoint_path, is_address
 
 T = TypeVar("T")
 
@@ -62,9 +61,7 @@ def require_local(options: Any, *names: str) -> None:
     accepted = "a path of this machine, such as one in a bucket that is mounted"
     for name in names:
         path = getattr(options, name)
-        # As a path, gs://bucket/run is a folder named gs: in the current one.
-        is_local = re.match("[a-z][a-z0-9]+:/", str(path)) is None
-        require(is_local, f"--{name.replace('_', '-')}", path, accepted)
+        require(not is_address(path), f"--{name.replace('_', '-')}", path, accepted)
 
 
 def require_checkpoint_path(flag: str, path: Path) -> None:

@@ -83,7 +83,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
       RunError: if another run writes to the same directory, or the loss is no number.
       Preempted: if a process was asked to stop, after the state was saved.
     """
-    check_options(config, module, dataset, start)
+    uses = check_options(config, module, dataset, start)
     with contextlib.ExitStack() as stack:
         refusal = None
         if jax.process_index() == 0:
@@ -103,7 +103,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
         with distributed.preemption_notice() as preempted:
             job = Job(config, module, dataset, start, metrics, console, preempted)
             params, batch_stats = job.dense_network()
-            trail = job.prune(params, batch_stats)
+            trail = job.prune(params, batch_stats, uses)
         metrics.close()
         if jax.process_index() == 0:
             paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
@@ -112,8 +112,14 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
     return trail
 
 
-def check_options(config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None) -> None:
-    """Raises ConfigError or TrailError, before anything is trained, for options that cannot come to an end."""
+def check_options(
+    config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None
+) -> Mapping[str, float]:
+    """Raises ConfigError or TrailError, before anything is trained, for options that cannot come to an end.
+
+    Returns:
+      How often each weight is used for one image, by path, which takes a trace of the network to count.
+    """
     try:
         make_mesh(config.mesh.fsdp)
     except ValueError as error:
@@ -124,7 +130,8 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
         check_batch("pretrain", config.pretrain, devices, dataset.train_size, dataset.name)
     network = jax.eval_shape(lambda: init_network(module, dataset.image_shape, config.seed))
     plan = ltp.plan(network["params"])
-    make_pruner(config, plan, network_uses(module, dataset.image_shape, plan), dataset)
+    uses = network_uses(module, dataset.image_shape, plan)
+    make_pruner(config, plan, uses, dataset)
     if config.dense is not None:
         # What Orbax says of a directory that it did not write helps nobody.
         if config.dense.is_dir() and not holds_network(config.dense):
@@ -135,6 +142,7 @@ def check_options(config: Config, module: nn.Module, dataset: Dataset, start: St
         given = restore_network(config.dense)
         check_network(given, network, config.dense, config.arch)
         check_weights(given["params"], plan, config.ltp)
+    return uses
 
 
 def trains_dense(config: Config, *, trained: bool) -> bool:
@@ -248,14 +256,13 @@ class Job:
             )
             save_network(path, state.params, state.batch_stats)
 
-    def prune(self, params: Any, batch_stats: Any) -> Trail:
-        """Prunes a dense network; each epoch's network is an entry of the trail."""
+    def prune(self, params: Any, batch_stats: Any, uses: Mapping[str, float]) -> Trail:
+        """Prunes a dense network, whose weights have these uses; each epoch's network is an entry of the trail."""
         config = self.config
         steps_per_epoch = config.train.steps_per_epoch(self.dataset.train_size)
         plan = ltp.plan(params)
         log.info("plan:\n%s", plan)
         check_weights(params, plan, config.ltp)
-        uses = network_uses(self.module, self.dataset.image_shape, plan)
         pruner = make_pruner(config, plan, uses, self.dataset)
         optimizer = weights_optimizer(config.train, steps_per_epoch)
         harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])

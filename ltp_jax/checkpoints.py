@@ -174,7 +174,7 @@ def plain_network(params: Any, batch_stats: Any) -> dict[str, Any]:
     """A network as nested dicts of arrays, without the boxes of NNX variables and of Linen metadata.
 
     Random streams of an NNX network are left out: they are no part of it, and a key would come back as mere numbers.
-    Raises TrailError where two tensors would be one.
+    Raises TrailError for a tensor without elements, and where two tensors would be one.
     """
 
     def plain(tree: Any) -> Any:
@@ -186,9 +186,10 @@ def plain_network(params: Any, batch_stats: Any) -> dict[str, Any]:
         return isinstance(tree, nnx.State)
 
     network = nn.meta.unbox(jax.tree.map(plain, {"params": params, "batch_stats": batch_stats}, is_leaf=is_state))
-    names = Counter(path.replace("/", ".") for path, _ in named_leaves(network))  # as Orbax has them
-    if empty := [path for path, leaf in named_leaves(network) if np.size(leaf) == 0]:
+    leaves = list(named_leaves(network))
+    if empty := [path for path, leaf in leaves if np.size(leaf) == 0]:
         raise TrailError(f"{empty[0]} has no elements, and Orbax keeps no such tensor; leave it out of the network")
+    names = Counter(path.replace("/", ".") for path, _ in leaves)  # as Orbax has them
     if again := [name for name, count in names.items() if count > 1]:
         raise TrailError(f"two tensors would both be {again[0]} on disk; give one of them a name without dots")
     return network
@@ -198,15 +199,20 @@ def checkpoint_path(path: str | Path) -> Path:
     """Where checkpoints can lie, as an absolute path; ``~`` is the home directory.
 
     Raises:
-      TrailError: for an address, which as a path is a folder of that name in the current one, and for a pattern.
+      TrailError: for an address, and for a pattern.
     """
-    if re.match("[a-z][a-z0-9]+:/", str(path)):
+    if is_address(path):
         raise TrailError(f"{path} is no path of a file system; accepted is one, such as that of a mounted bucket")
     path = Path(path).expanduser().absolute()
     if path != Path(glob.escape(str(path))):
         # Orbax would write there, and look for it among the paths that the pattern fits.
         raise TrailError(f"{path} is a pattern to Orbax; accepted is a path without *, ? and [")
     return path
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether this is the address of a bucket. As a path ``gs://bucket/run`` is a folder ``gs:`` in the current one."""
+    return re.match("[a-z][a-z0-9]+:/", str(path)) is not None
 
 
 def checkpoint_manager(path: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
