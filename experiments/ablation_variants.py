@@ -15,8 +15,8 @@ from experiments.baselines import gradual_magnitude
 from experiments.harness import Network
 from ltp_jax.penalty import learned_thresholds
 from ltp_jax.pruner import Pruner
-from ltp_jax.selection import map_selected
 from ltp_jax.target import target_density
+from ltp_jax.trees import map_selected
 
 COMPRESSION = 64.0  # of the variants that have a target
 
@@ -215,6 +215,16 @@ def at_spread(plan: ltp.Plan, params: Any) -> dict[str, jax.Array]:
     return {path: jnp.log(jnp.std(jnp.abs(leaves[path]))) for path in plan.paths}
 
 
+def divided(make: Make, axis: int) -> Make:
+    """A threshold for each slice of a kernel along an axis, where a layer has one: for each input, or each neuron."""
+
+    def made(job: Job) -> Pruner:
+        rule = ltp.Rule(r"(.*/)?kernel", stack_axes=(axis,))
+        return make(job._replace(plan=ltp.plan(job.network["params"], rules=[rule])))
+
+    return made
+
+
 Units = dict[str, jax.Array]
 """Factors of the weights by path, which broadcast to their shapes."""
 
@@ -373,6 +383,8 @@ IDEAS: dict[str, Variant] = {
     "target, leak falls from 0.3": Variant(targeted(leak=0.3)),
     "target, leak falls from 1": Variant(targeted(leak=1.0)),
     "target, leak falls from 0.3 with the square of the rest": Variant(leaking(targeted(), lambda rest: 0.3 * rest**2)),
+    "target, a threshold for each neuron": Variant(divided(targeted(), 1)),
+    "target, a threshold for each input": Variant(divided(targeted(), 0)),
     "target, in units of the pixels' spread": Variant(in_units(targeted(), pixel_spreads(1.0))),
     "target, in units of the root of the pixels' spread": Variant(in_units(targeted(), pixel_spreads(0.5))),
     "target, in units of all inputs' spread": Variant(in_units(targeted(), activation_spreads(True, False))),
