@@ -10,8 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 from ltp_jax.pruner import Pruner
-from ltp_jax.selection import Params, Plan, map_selected, named_leaves
+from ltp_jax.selection import Plan
 from ltp_jax.transform import Scalars
+from ltp_jax.trees import Params, map_selected, named_leaves
 
 Masks = dict[str, jax.Array]
 """By path, bool of the shape of the tensor: True where a weight is left."""

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.ending import RunError
+from experiments.record import write_whole
 
 log = logging.getLogger("experiments")
 
@@ -117,15 +118,13 @@ class MetricsWriter:
             return
         kept = {line: mark for line, mark in self._lines() if mark[0] != stage or mark[2] <= step}
         self._told = set(kept.values())
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
-    def _lines(self) -> Iterator[tuple[bytes, tuple[str, str, int]]]:
+    def _lines(self) -> Iterator[tuple[str, tuple[str, str, int]]]:
         """The lines that are there, each with its stage, kind and step."""
         if self._path is None or not self._path.exists():
             return
-        for line in self._path.read_bytes().splitlines():
+        for line in self._path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
                 row = json.loads(line)
                 yield line, (str(row["stage"]), str(row["kind"]), int(row["step"]))

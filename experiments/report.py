@@ -144,7 +144,7 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
 def draw_layers(
     entries: Sequence[Entry], values: Sequence[dict[str, float]], path: Path, title: str, label: str
 ) -> None:
-    """One line per layer over the epochs, coloured by the order of their names."""
+    """One line per layer over the epochs, coloured by their order."""
     figure, axes = _figure()
     layers = list(values[0]) if values else []
     for i, layer in enumerate(layers):
@@ -164,7 +164,7 @@ def draw_layers(
         axes.text(
             1.01,
             0.5,
-            f"{len(layers)} layers\nby name,\nfirst dark,\nlast bright",
+            f"{len(layers)} layers,\nfirst dark,\nlast bright",
             transform=axes.transAxes,
             fontsize=8,
             va="center",

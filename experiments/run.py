@@ -1,6 +1,7 @@
 """A whole run: train a dense network or take one, prune it epoch by epoch into a trail, and report."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import shutil
@@ -292,6 +293,12 @@ class Job:
                 soft_loss=soft_figures["loss"],
                 train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
                 macs_compression=macs / max(macs_left, 1),
+            )
+            # The report shows layers in the order in which the network calls them, and not by name.
+            entry = dataclasses.replace(
+                entry,
+                densities={path: entry.densities[path] for path in uses},
+                thresholds={path: entry.thresholds[path] for path in uses},
             )
             trail.save(entry, hard, state.batch_stats)
             self.metrics.write("prune", "entry", entry.step, entry.figures())

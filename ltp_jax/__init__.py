@@ -1,6 +1,6 @@
 """Learned Threshold Pruning for JAX and Flax."""
 
-from ltp_jax.selection import DEFAULT_RULES, Plan, Rule, named_leaves, plan
+from ltp_jax.selection import DEFAULT_RULES, Plan, Rule, plan
 from ltp_jax.transform import (
     PruneState,
     Summary,
@@ -13,6 +13,7 @@ from ltp_jax.transform import (
     summarize,
     total_cost,
 )
+from ltp_jax.trees import named_leaves
 
 __all__ = [
     "DEFAULT_RULES",

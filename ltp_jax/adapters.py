@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from flax.core import FrozenDict, freeze, unfreeze
 
-from ltp_jax.selection import named_leaves
 from ltp_jax.training import Apply
+from ltp_jax.trees import named_leaves
 
 
 def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] = lambda images: images) -> Apply:

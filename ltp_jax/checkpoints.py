@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ltp_jax.selection import named_leaves
+from ltp_jax.trees import named_leaves
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
       **kwargs: of the call of the network, such as ``train=False``.
 
     Returns:
-      The uses by path of the tensor.
+      The uses by path of the tensor, in the order in which the network calls their modules.
 
     Raises:
       ValueError: if a selected tensor is no such kernel, or is not used in this call; if the features of its module's
@@ -83,7 +83,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
             "convolutions that the network calls, neither transposed nor local, by no other method, and outside of "
             "nn.scan, nn.vmap and nn.remat; give their costs yourself, or leave them out by a rule"
         )
-    return {path: uses[path] for path in plan.paths}
+    return {path: n for path, n in uses.items() if path in plan.paths}
 
 
 def _positions(module: nn.Module, kernel: jax.Array, given: Any, output: Any) -> float:

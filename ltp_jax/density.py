@@ -15,8 +15,8 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from ltp_jax import method
-from ltp_jax.selection import Params, named_leaves
 from ltp_jax.transform import Scalars
+from ltp_jax.trees import Params, named_leaves
 
 SLOPE_WIDTH = 0.1
 """Distance in ``log √τ`` to both sides over which slopes are measured: wide enough for a layer of a hundred weights."""

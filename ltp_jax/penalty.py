@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
 from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
-from ltp_jax.selection import Plan, named_leaves
+from ltp_jax.selection import Plan
 from ltp_jax.transform import PruneState, Scalars
+from ltp_jax.trees import named_leaves
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 """A scalar as a function of the training step."""

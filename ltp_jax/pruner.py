@@ -11,8 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ltp_jax import method
-from ltp_jax.selection import Params, Plan, map_selected, named_leaves
+from ltp_jax.selection import Plan
 from ltp_jax.transform import Scalars
+from ltp_jax.trees import Params, map_selected, named_leaves
 
 
 class MethodState(Protocol):

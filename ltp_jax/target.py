@@ -24,8 +24,9 @@ from jax.typing import ArrayLike
 from ltp_jax import transform
 from ltp_jax.density import SLACK, exact_thresholds, lamp_offsets, measure, scaled_thresholds, solve_scale
 from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
-from ltp_jax.selection import Params, Plan, named_leaves
+from ltp_jax.selection import Plan
 from ltp_jax.transform import PruneState, Scalars
+from ltp_jax.trees import Params, named_leaves
 
 FIXED_THRESHOLD = 1e-35
 """``τ`` of fixed masks, in units of ``w²``: a weight of less than 3e-18 counts as zero."""

@@ -6,6 +6,7 @@ as ordinary dense arrays, and ``metrics``, JSON.
 
 import dataclasses
 import json
+import math
 import operator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ class Entry:
             thresholds={layer: float(tau) for path, t in tensors for layer, tau in each_layer(path, t.threshold)},
             **figures,
         )
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has an accuracy; one that is no number can be compared with nothing."""
+        return not math.isnan(self.top1)
 
     @property
     def gap(self) -> float | None:
@@ -161,10 +167,10 @@ class Trail:
         """
         if min_compression is None and max_top1_drop is None:
             raise TrailError("ask for min_compression, max_top1_drop, or both")
-        entries = [entry for entry in self.entries if entry.top1 == entry.top1]
+        entries = [entry for entry in self.entries if entry.measured]
         if not entries:
             raise TrailError(f"the trail in {self.path} has no entry yet that has an accuracy")
-        if max_top1_drop is not None and self.dense.top1 != self.dense.top1:
+        if max_top1_drop is not None and not self.dense.measured:
             raise TrailError(f"the dense network of the trail in {self.path} has no accuracy to be compared with")
         wanted_compression = 0.0 if min_compression is None else min_compression
         # Accuracies are counts of images in percent, targets are met to one weight in a million: a rounding error must
@@ -249,7 +255,7 @@ class Trail:
 def pareto(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
     """Those of the entries that no other beats in both compression and top-1, by rising compression."""
     front: list[Entry] = []
-    for entry in sorted((e for e in entries if e.top1 == e.top1), key=lambda e: (-e.compression, -e.top1)):
+    for entry in sorted((e for e in entries if e.measured), key=lambda e: (-e.compression, -e.top1)):
         if not front or entry.top1 > front[-1].top1:
             front.append(entry)
     return tuple(reversed(front))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ltp_jax.pruner import Pruner
-from ltp_jax.selection import Params, named_leaves
+from ltp_jax.trees import Params, named_leaves
 
 Batch = Mapping[str, jax.Array]
 """``image`` [b, ...], ``label`` int32 [b] and, where evaluation has padding, ``mask`` bool [b] that is False for it.

@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ltp_jax import method
-from ltp_jax.selection import Params, Plan, format_table, map_selected, named_leaves
+from ltp_jax.selection import Plan, format_table
+from ltp_jax.trees import Params, map_selected, named_leaves
 
 Scalars = dict[str, jax.Array]
 """A float32 scalar of every pruned tensor by its path; of a stack of layers an array of one for each, which is 1 along

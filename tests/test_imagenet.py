@@ -85,6 +85,8 @@ def test_resnet18_from_pretrained_weights_to_trail_and_on_after_an_interruption(
     assert [e.step for e in trail.entries] == [0, 4, 8]
     assert trail.entries[-1].compression == pytest.approx(5, rel=0.01)
     assert trail.entries[0].compression == 1
+    for by_path in (trail.entries[-1].densities, trail.entries[-1].thresholds):  # in the order of their use
+        assert [next(iter(by_path)), next(reversed(by_path))] == ["stem/conv/kernel", "head/kernel"]
     # Entry 0 is the network of the file.
     head = trail.restore(trail.dense)["params"]["head"]["kernel"]
     np.testing.assert_array_equal(head, fill_state_dict("resnet18")["fc.weight"].T)

@@ -1,8 +1,6 @@
 """The handwritten digits that come with scikit-learn."""
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from experiments.data.in_memory import InMemoryDataset
 
@@ -12,6 +10,10 @@ def digits() -> InMemoryDataset:
 
     The split is stratified by class and always the same. The original grey levels 0…16 are stretched to 0…255.
     """
+    # It takes two seconds to import, for which --help and a refusal need not wait.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, classes = load_digits(return_X_y=True)
     images = np.rint(np.asarray(pixels) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = np.asarray(classes, np.int32)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ltp_jax.checkpoints import restore_network
-from ltp_jax.selection import named_leaves
 from ltp_jax.trail import Trail
+from ltp_jax.trees import named_leaves
 
 ROOT = Path(__file__).parents[2]
 # Nine steps an epoch, in three epochs of pruning after one of training. Small steps and wide masks: what the usual
