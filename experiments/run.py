@@ -2,17 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
 from rich.console import Console
 
 import ltp_jax as ltp
@@ -24,29 +19,20 @@ from experiments.components import (
     init_network,
     ltp_pruner,
     network_uses,
-    normalising_apply,
     weights_optimizer,
 )
-from experiments.config import Config, LtpConfig, TrainConfig
-from experiments.console import MetricsWriter, log, progress_bar, start_logging
+from experiments.config import Config, LtpConfig
+from experiments.console import MetricsWriter, log, start_logging
 from experiments.data.dataset import Dataset
-from experiments.ending import Preempted, RunError, nobody_waits
+from experiments.ending import RunError, nobody_waits
 from experiments.options import ConfigError
 from experiments.record import of_a_job, only_writer, record
+from experiments.trainer import Trainer
 from ltp_jax.checkpoints import Resume, TrailError, holds_network, restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
-from ltp_jax.sharding import global_batch, jit_beginning, jit_step, make_mesh, replicated
+from ltp_jax.sharding import make_mesh, replicated
 from ltp_jax.trail import Entry, Trail
-from ltp_jax.training import (
-    TrainState,
-    create_state,
-    cross_entropy,
-    make_eval_step,
-    make_train_step,
-    zero_totals,
-)
-
-LOG_EVERY = 50  # steps between two looks at the loss, which cost a wait for the device
+from ltp_jax.training import TrainState
 
 
 class Start(NamedTuple):
@@ -102,9 +88,8 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
             log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
         metrics = MetricsWriter(config.workdir, config.tensorboard)
         with distributed.preemption_notice() as preempted:
-            job = Job(config, module, dataset, start, metrics, console, preempted)
-            params, batch_stats = job.dense_network()
-            trail = job.prune(params, batch_stats, uses)
+            trainer = Trainer(config, module, dataset, metrics, console, preempted)
+            trail = prune(trainer, *dense_network(trainer, start), uses)
         metrics.close()
         if jax.process_index() == 0:
             paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
@@ -164,293 +149,144 @@ def make_pruner(config: Config, plan: ltp.Plan, uses: Mapping[str, float], datas
     return ltp_pruner(config.ltp, plan, config.train.epochs * config.train.steps_per_epoch(dataset.train_size), uses)
 
 
-class Job:
-    """What the stages of a run share: network, data, devices, and where to write."""
+def dense_network(trainer: Trainer, start: Start | None) -> tuple[Any, Any]:
+    """Parameters and batch statistics of the dense network: given, trained before, or trained now."""
+    config = trainer.config
+    if config.dense is None:
+        if not config.own_dense.is_dir():
+            make_dense(trainer, start)
+        if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
+            for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
+                shutil.rmtree(stale, ignore_errors=True)
+    path = config.dense or config.own_dense
+    try:
+        network = restore_network(path)
+    except TrailError as error:
+        if config.dense is not None:
+            raise
+        raise TrailError(f"{error}; remove {path}, and it is made anew") from error
+    check_network(network, jax.eval_shape(trainer.init_network), path, config.arch)
+    log.info("dense network: %s", path)
+    return network["params"], network["batch_stats"]
 
-    def __init__(
-        self,
-        config: Config,
-        module: nn.Module,
-        dataset: Dataset,
-        start: Start | None,
-        metrics: MetricsWriter,
-        console: Console,
-        preempted: Callable[[], bool],
+
+def make_dense(trainer: Trainer, start: Start | None) -> None:
+    """Writes the dense network: what the run begins from, or what is trained from that or from a random start."""
+    config = trainer.config
+    if start is None:
+        pretrain(trainer, None)
+        return
+    network = start.network()
+    check_network(network, jax.eval_shape(trainer.init_network), config.workdir, config.arch)
+    if start.trained:
+        check_weights(network["params"], ltp.plan(network["params"]), config.ltp)
+        take(trainer, network, start.expected_top1)
+    else:
+        pretrain(trainer, network)
+
+
+def take(trainer: Trainer, network: dict[str, Any], expected_top1: float | None) -> None:
+    """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
+    params, batch_stats = jax.device_put((network["params"], network["batch_stats"]), replicated(trainer.mesh))
+    if expected_top1 is not None:
+        (figures,) = trainer.evaluate(batch_stats, params)
+        top1 = figures["top1"]
+        if abs(top1 - expected_top1) > 1:
+            log.warning(
+                "the dense network has %.2f %% top-1 where %.2f %% was published for these weights: check that the "
+                "weights, --origin and the data belong together before you let this run go on",
+                top1,
+                expected_top1,
+            )
+    save_network(trainer.config.own_dense, params, batch_stats)
+
+
+def pretrain(trainer: Trainer, begin: dict[str, Any] | None) -> None:
+    """Trains the dense network, from a random start if nothing is given, and writes it."""
+    config = trainer.config.pretrain
+    optimizer = weights_optimizer(config, config.steps_per_epoch(trainer.dataset.train_size))
+    # What was begun in the background is finished, whatever ends the stage.
+    with contextlib.closing(Resume(trainer.config.workdir / "pretrain")) as resume, nobody_waits():
+        state = trainer.fit(
+            "pretrain",
+            config,
+            dense(),
+            optimizer,
+            begin,
+            resume,
+            keep=lambda state, epoch: None,
+            settle=lambda: None,
+        )
+        save_network(trainer.config.own_dense, state.params, state.batch_stats)
+
+
+def prune(trainer: Trainer, params: Any, batch_stats: Any, uses: Mapping[str, float]) -> Trail:
+    """Prunes a dense network, whose weights have these uses; each epoch's network is an entry of the trail."""
+    config = trainer.config
+    plan = ltp.plan(params)
+    log.info("plan:\n%s", plan)
+    check_weights(params, plan, config.ltp)
+    pruner = make_pruner(config, plan, uses, trainer.dataset)
+    optimizer = weights_optimizer(config.train, config.train.steps_per_epoch(trainer.dataset.train_size))
+    with (
+        contextlib.closing(Trail(config.workdir / "trail", create=True)) as trail,
+        contextlib.closing(Resume(config.workdir / "resume")) as resume,
+        nobody_waits(),
     ):
-        self.config = config
-        self.dataset = dataset
-        self.start = start
-        self.metrics = metrics
-        self.console = console
-        self.preempted = preempted
-        self.mesh = make_mesh(config.mesh.fsdp)
-        self.module = module
-        self.apply = normalising_apply(module, dataset)
-        self.eval_step = jax.jit(make_eval_step(self.apply), out_shardings=replicated(self.mesh))
+        network = {"params": params, "batch_stats": batch_stats}
+        keep = keeper(trainer, pruner, trail, uses)
+        latest = max(trail.epochs, default=0)
+        if latest and not resume.steps and latest < config.train.epochs:
+            log.warning(
+                "the trail goes to epoch %d, but there is no state in %s to go on from: training starts over, and "
+                "the entries that are there stay as they are",
+                latest,
+                resume.path,
+            )
+        if latest and 0 not in trail.epochs:  # it was broken and removed, and no state leads to it
+            first, _ = trainer.first_state(pruner, optimizer, network)
+            keep(first(), 0)
+        if resume.steps or latest < config.train.epochs:
+            trainer.fit("prune", config.train, pruner, optimizer, network, resume, keep, settle=trail.wait)
+    return Trail(config.workdir / "trail")
 
-    def dense_network(self) -> tuple[Any, Any]:
-        """Parameters and batch statistics of the dense network: given, trained before, or trained now."""
-        config = self.config
-        if config.dense is None:
-            if not config.own_dense.is_dir():
-                self._make_dense(config.own_dense)
-            if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
-                for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
-                    shutil.rmtree(stale, ignore_errors=True)
-        path = config.dense or config.own_dense
-        try:
-            network = restore_network(path)
-        except TrailError as error:
-            if config.dense is not None:
-                raise
-            raise TrailError(f"{error}; remove {path}, and it is made anew") from error
-        check_network(network, jax.eval_shape(self._init_network), path, config.arch)
-        log.info("dense network: %s", path)
-        return network["params"], network["batch_stats"]
 
-    def _make_dense(self, path: Path) -> None:
-        """Writes the dense network: what the run begins from, or what is trained from that or from a random start."""
-        if self.start is None:
-            self._pretrain(path, None)
+def keeper(
+    trainer: Trainer, pruner: Pruner, trail: Trail, uses: Mapping[str, float]
+) -> Callable[[TrainState, int], None]:
+    """What makes an entry of the trail from the state at the end of an epoch, if it has none of that epoch yet."""
+    harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
+    summarize = jax.jit(
+        lambda params, pruning: ltp.summarize(params, pruning.prune), out_shardings=replicated(trainer.mesh)
+    )
+
+    def keep(state: TrainState, epoch: int) -> None:
+        if epoch in trail.epochs:  # written by a start of this run that ended before it saved its state
+            entry = next(entry for entry in trail.entries if entry.epoch == epoch)
+            trainer.metrics.write("prune", "entry", entry.step, entry.figures())
             return
-        network = self.start.network()
-        check_network(network, jax.eval_shape(self._init_network), self.config.workdir, self.config.arch)
-        if self.start.trained:
-            check_weights(network["params"], ltp.plan(network["params"]), self.config.ltp)
-            self._take(network, self.start.expected_top1, path)
-        else:
-            self._pretrain(path, network)
-
-    def _take(self, network: dict[str, Any], expected_top1: float | None, path: Path) -> None:
-        """Writes a trained network as the dense one, and says so if it is not what its publisher measured."""
-        params, batch_stats = jax.device_put((network["params"], network["batch_stats"]), replicated(self.mesh))
-        if expected_top1 is not None:
-            (figures,) = self._evaluate(batch_stats, params)
-            top1 = figures["top1"]
-            if abs(top1 - expected_top1) > 1:
-                log.warning(
-                    "the dense network has %.2f %% top-1 where %.2f %% was published for these weights: check that the "
-                    "weights, --origin and the data belong together before you let this run go on",
-                    top1,
-                    expected_top1,
-                )
-        save_network(path, params, batch_stats)
-
-    def _pretrain(self, path: Path, begin: dict[str, Any] | None) -> None:
-        """Trains the dense network and writes it."""
-        config = self.config.pretrain
-        optimizer = weights_optimizer(config, config.steps_per_epoch(self.dataset.train_size))
-        # What was begun in the background is finished, whatever ends the stage.
-        with (
-            contextlib.closing(Resume(self.config.workdir / "pretrain")) as resume,
-            nobody_waits(),
-        ):
-            state = self._fit(
-                "pretrain",
-                config,
-                dense(),
-                optimizer,
-                begin,
-                resume,
-                keep=lambda state, epoch: None,
-                settle=lambda: None,
-            )
-            save_network(path, state.params, state.batch_stats)
-
-    def prune(self, params: Any, batch_stats: Any, uses: Mapping[str, float]) -> Trail:
-        """Prunes a dense network, whose weights have these uses; each epoch's network is an entry of the trail."""
-        config = self.config
-        steps_per_epoch = config.train.steps_per_epoch(self.dataset.train_size)
-        plan = ltp.plan(params)
-        log.info("plan:\n%s", plan)
-        check_weights(params, plan, config.ltp)
-        pruner = make_pruner(config, plan, uses, self.dataset)
-        optimizer = weights_optimizer(config.train, steps_per_epoch)
-        harden, soften = jax.jit(pruner.harden), jax.jit(lambda *args: pruner.soften(*args)[0])
-        summarize = jax.jit(
-            lambda params, pruning: ltp.summarize(params, pruning.prune), out_shardings=replicated(self.mesh)
+        hard = harden(state.params, state.pruning)
+        soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
+        figures, soft_figures = trainer.evaluate(state.batch_stats, hard, soft)
+        summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
+        macs, macs_left = budget_left(summary, uses)
+        entry = Entry.of(
+            summary,
+            epoch=epoch,
+            step=int(state.step),
+            **figures,
+            **{f"soft_{name}": figure for name, figure in soft_figures.items()},
+            train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
+            macs_compression=macs / max(macs_left, 1),
         )
-
-        def keep(trail: Trail, state: TrainState, epoch: int) -> None:
-            if epoch in trail.epochs:  # written by a start of this run that ended before it saved its state
-                entry = next(entry for entry in trail.entries if entry.epoch == epoch)
-                self.metrics.write("prune", "entry", entry.step, entry.figures())
-                return
-            hard = harden(state.params, state.pruning)
-            soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
-            figures, soft_figures = self._evaluate(state.batch_stats, hard, soft)
-            summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
-            macs, macs_left = budget_left(summary, uses)
-            entry = Entry.of(
-                summary,
-                epoch=epoch,
-                step=int(state.step),
-                top1=figures["top1"],
-                top5=figures["top5"],
-                loss=figures["loss"],
-                soft_top1=soft_figures["top1"],
-                soft_top5=soft_figures["top5"],
-                soft_loss=soft_figures["loss"],
-                train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
-                macs_compression=macs / max(macs_left, 1),
-            )
-            # The report shows layers in the order in which the network calls them, and not by name.
-            entry = dataclasses.replace(
-                entry,
-                densities={path: entry.densities[path] for path in uses},
-                thresholds={path: entry.thresholds[path] for path in uses},
-            )
-            trail.save(entry, hard, state.batch_stats)
-            self.metrics.write("prune", "entry", entry.step, entry.figures())
-            log.info("%s (soft %.2f %%)", entry, entry.soft_top1)
-
-        with (
-            contextlib.closing(Trail(config.workdir / "trail", create=True)) as trail,
-            contextlib.closing(Resume(config.workdir / "resume")) as resume,
-            nobody_waits(),
-        ):
-            network = {"params": params, "batch_stats": batch_stats}
-            keep_in_trail = functools.partial(keep, trail)
-            latest = max(trail.epochs, default=0)
-            if latest and not resume.steps and latest < config.train.epochs:
-                log.warning(
-                    "the trail goes to epoch %d, but there is no state in %s to go on from: training starts over, and "
-                    "the entries that are there stay as they are",
-                    latest,
-                    resume.path,
-                )
-            if latest and 0 not in trail.epochs:  # it was broken and removed, and no state leads to it
-                first, _ = self._first_state(pruner, optimizer, network)
-                keep_in_trail(first(), 0)
-            if resume.steps or latest < config.train.epochs:
-                self._fit("prune", config.train, pruner, optimizer, network, resume, keep_in_trail, settle=trail.wait)
-        return Trail(config.workdir / "trail")
-
-    def _fit(
-        self,
-        stage: str,
-        config: TrainConfig,
-        pruner: Pruner,
-        optimizer: optax.GradientTransformation,
-        network: dict[str, Any] | None,
-        resume: Resume,
-        keep: Callable[[TrainState, int], None],
-        settle: Callable[[], None],
-    ) -> TrainState:
-        """Trains one stage to its end, from its last saved state or from ``network``, a new one if that is None.
-
-        ``keep(state, epoch)`` sees every epoch's end; ``settle()`` returns when what it wrote is on disk.
-
-        Raises:
-          Preempted: if a process was asked to stop, after the state was saved.
-        """
-        dataset, mesh = self.dataset, self.mesh
-        first_state, abstract = self._first_state(pruner, optimizer, network)
-        state = resume.restore(abstract)
-        if state is None:
-            state = first_state()
-        new_totals = jax.jit(zero_totals, out_shardings=replicated(mesh))
-        step_fn = jit_step(
-            make_train_step(self.apply, optimizer, pruner, cross_entropy(config.label_smoothing)), abstract, mesh
+        # The report shows layers in the order in which the network calls them, and not by name.
+        entry = dataclasses.replace(
+            entry,
+            densities={path: entry.densities[path] for path in uses},
+            thresholds={path: entry.thresholds[path] for path in uses},
         )
-        steps_per_epoch = config.steps_per_epoch(dataset.train_size)
-        step = first = int(state.step)
-        if first:
-            log.info("%s: goes on from step %d", stage, first)
-        self.metrics.rewind(stage, first)
-        if first % steps_per_epoch == 0:
-            keep(state, first // steps_per_epoch)  # entry 0, or one that was lost with the process that wrote it
-        batches = self._train_batches(config.batch_size, first)
-        total = config.epochs * steps_per_epoch
-        with progress_bar(self.console, stage, total, first, config.batch_size) as advance:
-            while step < total:
-                if step % steps_per_epoch == 0:
-                    state = state.replace(totals=new_totals())
-                batch = next(batches)
-                with jax.transfer_guard("disallow"):
-                    state = step_fn(state, batch)
-                step += 1
-                advance()
-                if step % LOG_EVERY == 0 or step % steps_per_epoch == 0:
-                    self.metrics.write(stage, "train", step, self._means(stage, step, state))
-                if step % steps_per_epoch == 0:
-                    # The state goes first: a run that ends during the evaluations makes the entry from it. Only an
-                    # entry at the end of an epoch can be made anew, so the one before this must be on disk by now.
-                    settle()
-                    resume.save(step, state)
-                    keep(state, step // steps_per_epoch)
-                if self.preempted() and step < total:
-                    # The same of a state within an epoch.
-                    self._means(stage, step, state)
-                    settle()
-                    resume.save(step, state)
-                    resume.wait()
-                    raise Preempted(
-                        f"asked to stop: step {step} of {stage} is saved, and the same command goes on from there"
-                    )
-        return state
+        trail.save(entry, hard, state.batch_stats)
+        trainer.metrics.write("prune", "entry", entry.step, entry.figures())
+        log.info("%s (soft %.2f %%)", entry, entry.soft_top1)
 
-    def _first_state(
-        self, pruner: Pruner, optimizer: optax.GradientTransformation, network: dict[str, Any] | None
-    ) -> tuple[Callable[[], TrainState], TrainState]:
-        """What makes the state before the first step, and the shapes, types and shardings of its leaves."""
-
-        def initial(key: jax.Array, network: dict[str, Any] | None) -> TrainState:
-            variables = self._init_network() if network is None else network
-            return create_state(variables["params"], variables["batch_stats"], optimizer, pruner, key)
-
-        key = jax.random.key(self.config.seed)
-        make, abstract = jit_beginning(initial, self.mesh, key, network)
-        return lambda: make(key, network), abstract
-
-    def _means(self, stage: str, step: int, state: TrainState) -> dict[str, float]:
-        """The running means of the epoch. Stops a run whose loss is no number before it is saved."""
-        totals = {name: float(value) for name, value in jax.device_get(state.totals).items()}
-        loss = totals["loss"] / totals["examples"]
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {step} of {stage}; what was saved before is whole. Lower "
-                f"--{'pretrain' if stage == 'pretrain' else 'train'}.learning-rate and start in another --workdir"
-            )
-        return {"loss": loss, "accuracy": 100 * totals["correct"] / totals["examples"]}
-
-    def _train_batches(self, batch_size: int, start_step: int) -> Iterator[dict[str, jax.Array]]:
-        stream = self.dataset.train(
-            batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return (global_batch(batch, self.mesh) for batch in stream)
-
-    def _evaluate(self, batch_stats: Any, *networks: Any) -> list[dict[str, float]]:
-        """Top-1 and top-5 in percent and mean loss of each of the parameters over the held-out images, read once."""
-        devices = jax.device_count()
-        batch_size = math.ceil(min(self.config.train.batch_size * 2, self.dataset.eval_size) / devices) * devices
-        sums: Any = None
-        for batch in self.dataset.evaluate(
-            batch_size, process_index=jax.process_index(), process_count=jax.process_count()
-        ):
-            images = global_batch(batch, self.mesh)
-            counts = [self.eval_step(params, batch_stats, images) for params in networks]
-            sums = counts if sums is None else jax.tree.map(jnp.add, sums, counts)
-        figures = [
-            {
-                "top1": 100 * float(counts["top1"]) / float(counts["examples"]),
-                "top5": 100 * float(counts["top5"]) / float(counts["examples"]),
-                "loss": float(counts["loss"]) / float(counts["examples"]),
-            }
-            for counts in jax.device_get(sums)
-        ]
-        for network in figures:
-            if not math.isfinite(network["loss"]):
-                raise RunError(
-                    f"the loss on held-out images is {network['loss']}: some weights, biases or batch statistics of "
-                    "the network are no numbers, or far too large. What was saved before is whole. Start in another "
-                    "--workdir, with another dense network or a lower learning rate"
-                )
-        return figures
-
-    def _init_network(self) -> dict[str, Any]:
-        return init_network(self.module, self.dataset.image_shape, self.config.seed)
+    return keep

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments import report
+from experiments import report, trainer
 from experiments import run as runs
 from experiments.config import LtpConfig, MeshConfig, TrainConfig, parse
 from experiments.console import MetricsWriter
@@ -289,9 +289,9 @@ def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_pa
 
     module, config = models.create("digits", num_classes=10), tiny(tmp_path, seed=7)
     metrics, resume = SimpleNamespace(rewind=lambda *args: None), SimpleNamespace(restore=lambda abstract: None)
-    job = runs.Job(config, module, Asked(digits()), None, metrics, Console(), lambda: False)
+    training = trainer.Trainer(config, module, Asked(digits()), metrics, Console(), lambda: False)
     with pytest.raises(Interrupted):
-        job._fit(
+        training.fit(
             "pretrain",
             config.pretrain,
             dense(),
@@ -775,7 +775,7 @@ def test_nothing_happens_at_import():
 
 def test_step_is_traced_once_in_a_run_and_held_out_images_are_read_once_an_entry(finished, tmp_path, monkeypatch):
     traced, dataset = [], Counting(digits())
-    make = runs.make_train_step
+    make = trainer.make_train_step
 
     def counting(*args):
         step = make(*args)
@@ -786,7 +786,7 @@ def test_step_is_traced_once_in_a_run_and_held_out_images_are_read_once_an_entry
 
         return train_step
 
-    monkeypatch.setattr(runs, "make_train_step", counting)
+    monkeypatch.setattr(trainer, "make_train_step", counting)
     trail = start(tiny(tmp_path, dense=finished / "dense"), dataset)
     assert len(traced) == 1
     assert dataset.evaluations == len(trail.epochs)
