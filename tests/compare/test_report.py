@@ -13,7 +13,7 @@ from experiments.record import write_json
 
 def cell(method, compression, seed, top1, achieved):
     return {
-        "network": "net",
+        "network": "resnet20",
         "dataset": "data",
         "method": method,
         "compression": compression,
@@ -21,7 +21,7 @@ def cell(method, compression, seed, top1, achieved):
         "top1": top1,
         "achieved": achieved,
         "dense_top1": 91.0 + seed,
-        "densities": {"a/kernel": 0.1, "b/kernel": 0.2},
+        "densities": {"head/kernel": 0.1, "stem/conv/kernel": 0.2},
         "trial": {"prune": 0.4},
         "epochs_trained": 2,
         "epochs": [{"compression": compression / 2}, {"compression": achieved}],
@@ -132,11 +132,11 @@ def test_picture_of_accuracies(monkeypatch):
 
 def test_picture_of_densities(monkeypatch):
     cells = [*CELLS[:2], CELLS[1] | {"method": "gmp_global"}]
-    cells[0] = cells[0] | {"densities": {"a/kernel": 0.3, "b/kernel": 0.4}}
+    cells[0] = cells[0] | {"densities": {"head/kernel": 0.3, "stem/conv/kernel": 0.4}}
     (axes,) = drawn(compare_report.draw_densities, cells, monkeypatch)
-    assert [np.round(dots.get_ydata(), 6).tolist() for dots in axes.lines] == [[20, 30], [10, 20]]
+    assert [np.round(dots.get_ydata(), 6).tolist() for dots in axes.lines] == [[30, 20], [20, 10]]
     assert axes.get_title() == "8×"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["stem/conv", "head"]  # in the order of their use
 
 
 def test_picture_of_the_plan(monkeypatch):
