@@ -1,5 +1,7 @@
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 # Before any test imports JAX: no accelerator is looked for, and what one test or process has compiled, another reads.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ltp-jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="ltp-jax-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)  # by the process that starts the others
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 
