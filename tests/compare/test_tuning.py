@@ -408,8 +408,8 @@ def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monke
     missing = settings.Setting(32, 4, settings.trials("ltp", compare_networks.NETWORKS["lenet_300_100"].train)[4])
     compare.tuning_file(config, "ltp", missing, 0).unlink()
     figures = {"compression": 8, "seed": 0, "top1": 90.0, "achieved": 8.0, "dense_top1": 91.0}
-    way = {"densities": {"a/kernel": 0.1}, "epochs": [{"compression": 8.0}], "epochs_trained": 1}
-    run = tuned("ltp", missing.trial, network="net", dataset="data", **figures, **way)
+    way = {"densities": {"head/kernel": 0.1}, "epochs": [{"compression": 8.0}], "epochs_trained": 1}
+    run = tuned("ltp", missing.trial, network="lenet_300_100", dataset="data", **figures, **way)
     grid = tmp_path / "fashion_mnist_lenet_300_100"
     if compared:
         write_json(grid / "ltp_8_0.json", run)
