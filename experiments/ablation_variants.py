@@ -1,5 +1,6 @@
 """The variants of the ablation: how to make each pruner, and how the weights are trained with it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -219,7 +220,7 @@ def divided(make: Make, axis: int) -> Make:
     """A threshold for each slice of a kernel along an axis, where a layer has one: for each input, or each neuron."""
 
     def made(job: Job) -> Pruner:
-        rule = ltp.Rule(r"(.*/)?kernel", stack_axes=(axis,))
+        rule = dataclasses.replace(ltp.DEFAULT_RULES[0], stack_axes=(axis,))
         return make(job._replace(plan=ltp.plan(job.network["params"], rules=[rule])))
 
     return made

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-import ltp_jax as ltp
 from experiments.compare_cells import OWN, Cell, read_cells, select
-from experiments.components import init_network, network_uses
+from experiments.components import network_plan, network_uses
 from ltp_jax import models
 from ltp_jax.target import planned_density
 
@@ -209,8 +207,7 @@ def in_order_of_use(network: str) -> list[str]:
     """The tensors that are pruned of a network, in the order in which it uses them."""
     module, spec = models.create(network), models.spec(network)
     shape = (spec.input_size, spec.input_size, spec.channels)
-    plan = ltp.plan(jax.eval_shape(lambda: init_network(module, shape, 0))["params"])
-    return list(network_uses(module, shape, plan))
+    return list(network_uses(module, shape, network_plan(module, shape)))
 
 
 def draw_densities(cells: Sequence[Cell], path: Path) -> None:
@@ -218,9 +215,9 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     wanted = compressions(cells)
     shown = [method for method in SIDE_BY_SIDE if select(cells, method=method)]
     width = 0.6 / len(shown)
-    deep = max(len(cell["densities"]) for cell in cells) > 8
+    layers = [layer for layer in in_order_of_use(cells[0]["network"]) if layer in cells[0]["densities"]]
+    deep = len(layers) > 8
     rows, columns = (len(wanted), 1) if deep else (1, len(wanted))
-    order = in_order_of_use(cells[0]["network"])
     figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (3.2 * columns, 4), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, compression in zip(panels, wanted, strict=True):
@@ -229,7 +226,6 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
             found = select(cells, method=method, compression=compression)
             if not found:
                 continue
-            layers = [layer for layer in order if layer in found[0]["densities"]]
             means = [100 * statistics.fmean([cell["densities"][layer] for cell in found]) for layer in layers]
             places = [position + width * (i - (len(shown) - 1) / 2) for position in range(len(layers))]
             achieved = statistics.geometric_mean([cell["achieved"] for cell in found])

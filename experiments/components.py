@@ -29,6 +29,11 @@ def init_network(module: nn.Module, image_shape: tuple[int, ...], seed: int) -> 
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
+def network_plan(module: nn.Module, image_shape: tuple[int, ...]) -> ltp.Plan:
+    """What is pruned of a network for images of ``[height, width, channels]``, from shapes alone."""
+    return ltp.plan(jax.eval_shape(lambda: init_network(module, image_shape, 0))["params"])
+
+
 def check_network(network: dict[str, Any], shapes: Any, path: Path, arch: str) -> None:
     """Raises TrailError, naming the first difference, if a restored network is not of these shapes."""
     kinds = ("params", "batch_stats")

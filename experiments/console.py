@@ -124,10 +124,10 @@ class MetricsWriter:
         """The lines that are there, each with its stage, kind and step."""
         if self._path is None or not self._path.exists():
             return
-        for line in self._path.read_text(errors="replace").splitlines():
+        for line in self._path.read_bytes().splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
                 row = json.loads(line)
-                yield line, (str(row["stage"]), str(row["kind"]), int(row["step"]))
+                yield line.decode(), (str(row["stage"]), str(row["kind"]), int(row["step"]))
 
     def write(self, stage: str, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         """Adds a line: the stage of the run, ``"train"`` or ``"entry"``, the step, and the figures."""

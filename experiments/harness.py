@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import ltp_jax as ltp
-from experiments.components import check_network, init_network, normalising_apply, weights_optimizer
+from experiments.components import check_network, init_network, network_plan, normalising_apply, weights_optimizer
 from experiments.config import TrainConfig
 from experiments.data.in_memory import InMemoryDataset
 from experiments.options import ConfigError
@@ -106,7 +106,7 @@ class Harness:
         self.workdir = workdir
         self.module = models.create(arch, num_classes=dataset.num_classes)
         self.apply = normalising_apply(self.module, dataset)
-        self.plan = ltp.plan(jax.eval_shape(lambda: init_network(self.module, dataset.image_shape, 0))["params"])
+        self.plan = network_plan(self.module, dataset.image_shape)
         self._evaluate = jax.jit(make_eval_step(self.apply))
 
     def steps(self, config: TrainConfig) -> int:

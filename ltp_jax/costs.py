@@ -83,7 +83,8 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
             "convolutions that the network calls, neither transposed nor local, by no other method, and outside of "
             "nn.scan, nn.vmap and nn.remat; give their costs yourself, or leave them out by a rule"
         )
-    return {path: n for path, n in uses.items() if path in plan.paths}
+    pruned = set(plan.paths)
+    return {path: n for path, n in uses.items() if path in pruned}
 
 
 def _positions(module: nn.Module, kernel: jax.Array, given: Any, output: Any) -> float:

@@ -14,8 +14,8 @@ import hashlib, sys
 import numpy as np
 from experiments.config import DistributedConfig
 from experiments.distributed import initialize
-from ltp_jax.trees import named_leaves
 from ltp_jax.trail import Trail
+from ltp_jax.trees import named_leaves
 
 words = dict(word.removeprefix("--distributed.").split("=") for word in sys.argv[2:])
 initialize(DistributedConfig(
