@@ -34,6 +34,10 @@ BROKEN_CONNECTION = re.compile(
 """How collectives of the CPU (gloo) and of GPUs (NCCL), and JAX's coordination, tell of a partner that is gone."""
 
 
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory", re.IGNORECASE)
+"""How a device, or the system behind it, tells that an array does not fit."""
+
+
 class RunError(Exception):
     """A run that cannot go on. The message says why and what to do."""
 
@@ -68,7 +72,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if jax.distributed.is_initialized():
             sys.exit(START_AGAIN)  # together: the first process must not leave while others are still saving
         end_at_once(START_AGAIN)
-    except (ConfigError, DataError, TrailError, RunError, OSError) as error:
+    except (ConfigError, DataError, TrailError, RunError, OSError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
         message, code = explain(error)
         print(f"error: {message}", file=sys.stderr)
         log.debug("stopped", exc_info=True)
@@ -104,6 +110,13 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'the system'}: {error.strerror or error}", 1
     if isinstance(error, DataError | TrailError | RunError):
         return str(error), 1
+    if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        said = str(error).partition("\n")[0]
+        return (
+            "the memory of the device does not suffice; what was saved before is whole. Smaller batches need less, of "
+            f"training and of the training before it, and more devices share them ({said[-200:]})",
+            1,
+        )
     return f"{type(error).__name__}: {error}", 1
 
 

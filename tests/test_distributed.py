@@ -40,7 +40,6 @@ COMES_AGAIN = [
     "UNIMPLEMENTED: no such instruction on this backend",
     "FAILED_PRECONDITION: the executable is for other devices",
     "INVALID_ARGUMENT: wrong shape",
-    "RESOURCE_EXHAUSTED: Out of memory",
 ]
 
 
@@ -68,6 +67,33 @@ def test_lost_process_is_told_by_what_broken_connections_say(said):
 @pytest.mark.parametrize("said", COMES_AGAIN)
 def test_error_that_comes_again_is_no_lost_process(said):
     assert explain(jax.errors.JaxRuntimeError(said)) == (f"JaxRuntimeError: {said}", 1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory allocating 83037878096 bytes.",
+        "INTERNAL: Error dispatching computation: Out of memory allocating 28373055312 bytes.",
+    ],
+)
+def test_too_little_memory_is_one_message(said, capsys):
+    def main():
+        raise jax.errors.JaxRuntimeError(said)
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: the memory of the device does not suffice; what was saved before is whole. Smaller")
+    assert told.endswith(f"({said})\n")
+
+
+def test_another_fault_of_the_device_shows_where_it_came_from():
+    def main():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a kernel that fails")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel that fails"):
+        run_command(main)
 
 
 def test_process_that_is_alone_has_none_to_lose():
