@@ -97,6 +97,6 @@ def _positions(module: nn.Module, kernel: jax.Array, given: Any, output: Any) ->
         return math.nan
     if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:
         return math.nan
-    if kernel.ndim == 2 and not isinstance(module, nn.Dense) and np.shape(given)[:-1] != output.shape[:-1]:
-        return math.nan  # of the module's own making: it may have pooled what came out of the product
+    if kernel.ndim == 2 and np.shape(given)[:-1] != output.shape[:-1]:
+        return math.nan  # it may have pooled what came out of the product
     return math.prod(output.shape[:-1]) if kernel.ndim in (2, output.ndim) else math.nan

@@ -68,7 +68,8 @@ def planned_density(density: float, steps: int) -> Callable[[ArrayLike], jax.Arr
     """The plan ``d^(1 − (1 − t/steps)³)``, and ``d`` from ``steps`` on: it falls in ever smaller factors.
 
     A network loses little while it is half full, and much when the last weights go: a plan for the density itself,
-    such as that of gradual magnitude pruning, passes from 7 % to 1 % in a tenth of the descent.
+    such as that of gradual magnitude pruning, passes from 7 % to 1 % in a quarter of the descent to 128×, this one in
+    two fifths.
 
     Args:
       density: what is left at the end, in (0, 1].
@@ -262,7 +263,7 @@ def shortfall(kept: jax.Array, slopes: jax.Array, least: jax.Array, move: jax.Ar
       move: how much the common scale moves; such a layer's threshold does not rise with it.
     """
     kept = jnp.maximum(kept, jnp.finfo(jnp.float32).tiny)
-    # Of normally distributed weights 2 is the slope where one in eight is left; it is steeper with fewer.
+    # Of normally distributed weights 2 is the slope where one in four is left; it is steeper with fewer.
     fall = jnp.clip(jnp.log(jnp.maximum(least, kept) / kept) / jnp.maximum(slopes / kept, 2), 0, MAX_STEP)
     return fall + jnp.where(kept < least, jnp.maximum(move, 0), 0)
 

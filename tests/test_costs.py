@@ -135,9 +135,15 @@ def test_a_module_that_pools_what_came_out_of_its_kernel_is_not_counted():
         def __call__(self, x, train):
             return (x @ self.param("kernel", nn.initializers.ones, (3, 4))).mean(1)
 
-    plan, images = plan_of(Pooled(), (2, 10, 3))
-    with pytest.raises(ValueError, match="the uses of kernel are not known"):
-        uses_per_input(Pooled(), images, plan, train=False)
+    class PooledDense(nn.Dense):
+        @nn.compact
+        def __call__(self, x, train):
+            return super().__call__(x).mean(1)
+
+    for network in (Pooled(), PooledDense(4)):
+        plan, images = plan_of(network, (2, 10, 3))
+        with pytest.raises(ValueError, match="the uses of kernel are not known"):
+            uses_per_input(network, images, plan, train=False)
 
 
 def test_a_tensor_whose_uses_cannot_be_counted_is_named():
