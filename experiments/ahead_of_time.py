@@ -33,6 +33,8 @@ from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import jit_beginning, jit_step, make_mesh
 from ltp_jax.training import TrainState, create_state, cross_entropy, make_train_step
 
+COMPILE_TIMEOUT = 7200.0  # the slowest step of a preset took 8 minutes on two cores; others may be slower, or busy
+
 
 class CompileError(Exception):
     """A step that could not be compiled. The message says why."""

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import time
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,43 +16,18 @@ from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, T
 from experiments.chips import Topology
 from experiments.chips import topology as find_topology
 from experiments.components import check_batch, init_network, ltp_pruner, network_uses, weights_optimizer
-from experiments.config import LtpConfig, MeshConfig, TrainConfig
+from experiments.config import MeshConfig, TrainConfig
 from experiments.ending import RunError
+from experiments.imagenet_config import ImagenetConfig
 from experiments.options import ConfigError
 from experiments.record import write_json
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state
 
-IMAGENET_TRAIN_SIZE = 1_281_167
-COMPILE_TIMEOUT = 7200.0  # the slowest step of a preset took 8 minutes on two cores; others may be slower, or busy
-
-
-class DryRunConfig(Protocol):
-    """The options that a dry run looks at."""
-
-    @property
-    def arch(self) -> str: ...
-    @property
-    def workdir(self) -> Path: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def ltp(self) -> LtpConfig: ...
-    @property
-    def mesh(self) -> MeshConfig: ...
-    @property
-    def topology(self) -> str | None: ...
-
 
 def report(
-    config: DryRunConfig,
-    module: nn.Module,
-    *,
-    image_size: int | None = None,
-    train_size: int = IMAGENET_TRAIN_SIZE,
-    pretrain: TrainConfig | None = None,
-    timeout: float = COMPILE_TIMEOUT,
+    config: ImagenetConfig, module: nn.Module, *, image_size: int, train_size: int, pretrain: TrainConfig | None
 ) -> dict[str, Any]:
     """Prints what the run would do, and writes it to ``dry_run.json`` in the working directory.
 
@@ -61,10 +35,9 @@ def report(
       config: the options; with a topology, the training step is compiled for that slice, pruning and dense, and what
         makes the state that pruning begins with.
       module: the network, in the compute dtype of the run.
-      image_size: side of the images in pixels; that of the network if nothing is said.
+      image_size: side of the images in pixels.
       train_size: images of an epoch.
       pretrain: training of the dense network, if the run trains one.
-      timeout: seconds that each compilation may take.
 
     Returns:
       What is written: the facts of the run and, if there is a topology, the compiler's figures: ``ltp``, ``dense`` and
@@ -79,22 +52,19 @@ def report(
     console = Console()
     topology = None if config.topology is None else find_topology(config.topology)
     devices = jax.device_count() if topology is None else topology.chips
-    # A plain one: a preset may scale its rate with the batch, which makes no difference to what is compiled.
-    train = TrainConfig(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainConfig)})
+    train = config.train
     # With these every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
-    if config.mesh.fsdp < 1 or devices % config.mesh.fsdp:
+    if devices % config.mesh.fsdp:
         raise ConfigError(f"--mesh.fsdp is {config.mesh.fsdp}; accepted are divisors of the {devices} devices")
     for stage, stage_config in (("train", train), ("pretrain", pretrain)):
         if stage_config is not None:
             check_batch(stage, stage_config, devices, train_size, "the dataset")
-    spec = models.spec(config.arch)
-    size = image_size or spec.input_size
-    shape = (size, size, spec.channels)
+    shape = (image_size, image_size, models.spec(config.arch).channels)
 
     network = jax.eval_shape(lambda: init_network(module, shape, 0))
     plan = ltp.plan(network["params"])
     uses = network_uses(module, shape, plan)
-    ltp_pruner(config.ltp, plan, train.epochs * train.steps_per_epoch(train_size), uses)
+    ltp_pruner(config.ltp, plan, train.steps(train_size), uses)
     facts = _facts(module, network, plan, uses, train, config.mesh, shape, devices, train_size)
     console.print(str(plan), highlight=False, soft_wrap=True)
     console.print(_facts_table(config.arch, facts, devices, topology))
@@ -111,10 +81,10 @@ def report(
         )
         for name, method in (("ltp", config.ltp), ("dense", None)):
             console.print(f"compiling the {name} step for {topology.name}, which may take minutes …", highlight=False)
-            figures = _compile(dataclasses.replace(step, ltp=method), topology, facts, timeout)
+            figures = _compile(dataclasses.replace(step, ltp=method), topology, facts, config.dry_run_timeout)
             found[name] = dataclasses.asdict(figures) | roofline(figures, topology, train.batch_size, train_size)
         console.print(f"compiling what LTP begins with for {topology.name} …", highlight=False)
-        found["beginning"] = dataclasses.asdict(_compile_beginning(step, topology, timeout))
+        found["beginning"] = dataclasses.asdict(_compile_beginning(step, topology, config.dry_run_timeout))
         console.print(_figures_table(found, topology))
     found["seconds"] = round(time.time() - started, 1)
     path = config.workdir / "dry_run.json"

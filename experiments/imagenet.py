@@ -16,7 +16,7 @@ from experiments.data.photographs import is_imagenet, photographs, usable_cores
 from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize, sharers_of_cores
 from experiments.ending import run_command
-from experiments.imagenet_config import PRESETS, ImagenetConfig
+from experiments.imagenet_config import IMAGENET_TRAIN_SIZE, PRESETS, ImagenetConfig
 from experiments.imagenet_weights import dense_settings, read_weights, start_from, weight_settings
 from experiments.run import run, trains_dense
 from ltp_jax import models
@@ -33,7 +33,7 @@ def make_module(config: ImagenetConfig, settings: WeightSettings, num_classes: i
 
 def dry_run_counts(config: ImagenetConfig) -> tuple[int, int, str | None]:
     """Images of an epoch and classes, and what to say if they are ImageNet's for want of the dataset that is named."""
-    images, classes = dry_run.IMAGENET_TRAIN_SIZE, models.spec(config.arch).num_classes
+    images, classes = IMAGENET_TRAIN_SIZE, models.spec(config.arch).num_classes
     if is_imagenet(config.dataset):
         return images, classes, None
     try:
@@ -57,7 +57,6 @@ def main() -> None:
             image_size=config.image_size or settings.input_size,
             train_size=train_size,
             pretrain=config.pretrain if to_train else None,
-            timeout=config.dry_run_timeout,
         )
         if note:
             print(note)

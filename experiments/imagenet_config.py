@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from experiments.ahead_of_time import COMPILE_TIMEOUT
 from experiments.config import Config, LtpConfig, TrainConfig
-from experiments.dry_run import COMPILE_TIMEOUT
 from experiments.options import ConfigError, require, require_local
 from ltp_jax import models, pretrained
 from ltp_jax.pretrained import WeightSettings
@@ -30,6 +30,8 @@ Arch = Literal[
     "mixnet_m",
     "mixnet_l",
 ]
+
+IMAGENET_TRAIN_SIZE = 1_281_167
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,6 @@ class ImagenetConfig(Config):
     """ImageNet, or any image-classification dataset of TFDS."""
 
     arch: Arch = "resnet50"
-    """The network."""
     workdir: Path = Path("runs/imagenet")
     """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt. Hosts share it."""
     dataset: str = "imagenet2012"
@@ -165,7 +166,6 @@ class Recipe(NamedTuple):
                 epochs=30,  # the paper's length for ResNet-50
                 learning_rate=self.learning_rate,
                 warmup_epochs=1,  # momentum is built up before pruning begins in earnest
-                momentum=0.9,  # as these networks were trained
                 weight_decay=self.weight_decay,
                 label_smoothing=self.label_smoothing,
             ),
@@ -189,7 +189,6 @@ RESNET = Recipe(
         epochs=90,  # the usual length for these networks
         learning_rate=0.1,  # as they were first trained, with 256 images a step
         warmup_epochs=5,  # what large batches take at this rate, by Goyal et al.
-        momentum=0.9,
         weight_decay=1e-4,  # as they were first trained
         label_smoothing=0.1,  # so that pruning goes on with the loss that the network was trained by
     ),
@@ -202,7 +201,6 @@ MOBILE = Recipe(
         epochs=180,  # small networks learn for longer than large ones before they stop gaining
         learning_rate=0.1,  # SGD's usual rate with batch normalisation; the RMSProp of their papers has another
         warmup_epochs=5,  # as above
-        momentum=0.9,
         weight_decay=4e-5,  # MobileNetV2's own
         label_smoothing=0.1,  # as they were first trained
     ),
@@ -215,7 +213,6 @@ ALEXNET = Recipe(
         epochs=90,  # Krizhevsky's
         learning_rate=0.01,  # Krizhevsky's, a tenth of what batch normalisation allows
         warmup_epochs=5,  # as above
-        momentum=0.9,
         weight_decay=5e-4,  # Krizhevsky's
         label_smoothing=0.0,  # it underfits ImageNet
     ),

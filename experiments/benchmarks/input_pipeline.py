@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from rich.console import Console
@@ -204,28 +204,26 @@ def _serialize(example: Example) -> bytes:
 
 def _write_array_record(examples: Sequence[Example], folder: Path) -> None:
     """Writes a TFDS dataset named `benchmark`."""
-    version = folder / "benchmark" / "1.0.0"
+    version = tfds.core.as_path(folder) / "benchmark" / "1.0.0"
     version.mkdir(parents=True)
-    writer = ArrayRecordWriter(str(version / "benchmark-train.array_record-00000-of-00001"), "group_size:1")
+    files = tfds.core.ShardedFileTemplate(version, dataset_name="benchmark", filetype_suffix="array_record")
+    train = files.replace(split="train")
+    writer = ArrayRecordWriter(str(train.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
     for example in examples:
         writer.write(_serialize(example))
     writer.close()
-    features = "tensorflow_datasets.core.features"
-    image = {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8", "encodingFormat": "jpeg"}
-    classes = {"numClasses": str(int(np.max([example.label for example in examples])) + 1)}
-    layout = {
-        "image": {"pythonClassName": f"{features}.image_feature.Image", "image": image},
-        "label": {"pythonClassName": f"{features}.class_label_feature.ClassLabel", "classLabel": classes},
+    features = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(num_classes=max(example.label for example in examples) + 1),
     }
-    train = {
-        "name": "train",
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "shardLengths": [str(len(examples))],
-    }
-    info = {"name": "benchmark", "version": "1.0.0", "fileFormat": "array_record", "splits": [train]}
-    root = {"pythonClassName": f"{features}.features_dict.FeaturesDict", "featuresDict": {"features": layout}}
-    (version / "features.json").write_text(json.dumps(root))
-    (version / "dataset_info.json").write_text(json.dumps(info))
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[len(examples)], num_bytes=0, filename_template=train)
+    tfds.folder_dataset.write_metadata(
+        data_dir=version,
+        features=tfds.features.FeaturesDict(features),
+        split_infos=[split],
+        filename_template=files,
+        check_data=False,
+    )
 
 
 def _throughput_table(title: str, measured: dict[str, Any]) -> Table:

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
+from experiments.ahead_of_time import COMPILE_TIMEOUT, CompileError, Step, abstract_step, compile_step
 from experiments.benchmarks.rows import PAPER, check_arch, read, write
 from experiments.chips import topology
 from experiments.config import LtpConfig, TrainConfig
 from experiments.data.photographs import usable_cores
-from experiments.dry_run import COMPILE_TIMEOUT, IMAGENET_TRAIN_SIZE
 from experiments.ending import run_command
+from experiments.imagenet_config import IMAGENET_TRAIN_SIZE
 from experiments.options import ConfigError, read_options, require, require_any, require_local, require_writable
 from ltp_jax import models
 from ltp_jax.sharding import make_mesh

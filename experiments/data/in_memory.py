@@ -79,12 +79,10 @@ def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, p
     Returns:
         uint8 ``[n, height, width, channels]``.
     """
-    count, height, width, channels = images.shape
+    height, width = images.shape[1:3]
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    row = offsets[:, :1] + np.arange(height)
-    column = np.where(flips[:, np.newaxis], np.arange(width)[::-1], np.arange(width)) + offsets[:, 1:]
-    # One gather of whole pixels: an opaque type of ``channels`` bytes makes each of them a single element.
-    pixels = padded.view(np.dtype((np.void, channels))).reshape(-1)
-    line = np.arange(count)[:, np.newaxis] * padded.shape[1] + row
-    index = line[:, :, np.newaxis] * padded.shape[2] + column[:, np.newaxis, :]
-    return pixels.take(index)[..., np.newaxis].view(np.uint8)
+    crops = np.empty_like(images)
+    for crop, image, (top, left), flip in zip(crops, padded, offsets, flips, strict=True):
+        part = image[top : top + height, left : left + width]
+        crop[:] = part[:, ::-1] if flip else part
+    return crops

@@ -179,7 +179,6 @@ def photographs(
     interpolation: Interpolation = "bilinear",
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-    train_split: str = "train",
     eval_split: str | None = None,
     workers: int = 0,
     max_unreadable: int = 100,
@@ -196,7 +195,6 @@ def photographs(
         interpolation: of both streams.
         mean: per channel, on the 0…255 scale, for the caller to normalise with.
         std: per channel, on the 0…255 scale, for the caller to normalise with.
-        train_split: in TFDS's notation, such as ``train[:90%]``.
         eval_split: in TFDS's notation; None is ``validation`` for imagenet2012 and what is made of it, whose test
             labels are not public, and ``test`` for others.
         workers: processes that prepare batches; 0 is threads of this process. The batches are the same. Each worker
@@ -206,7 +204,7 @@ def photographs(
     Raises:
         DataError: the dataset or a split is not there, not complete, or not for image classification.
     """
-    train = open_split(name, data_dir, train_split)
+    train = open_split(name, data_dir, "train")
     held_out = open_split(name, data_dir, eval_split or ("validation" if name.startswith("imagenet2012") else "test"))
     return PhotographDataset(
         name=name,

@@ -1,10 +1,10 @@
 """Small datasets of photographs, as TFDS writes them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -34,9 +34,11 @@ def write_dataset(root: Path, name: str, splits: dict[str, list[bytes]], label_k
     folder = root / name / "1.0.0"
     folder.mkdir(parents=True)
     messages: Any = tf_example_pb2
+    files = tfds.core.ShardedFileTemplate(folder, dataset_name=name, filetype_suffix="array_record")
     infos = []
     for split, images in splits.items():
-        path = folder / f"{name}-{split}.array_record-00000-of-00001"
+        template = files.replace(split=split)
+        path = template.sharded_filepath(shard_index=0, num_shards=1)
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for i, image in enumerate(images):
             example = messages.Example()
@@ -47,39 +49,22 @@ def write_dataset(root: Path, name: str, splits: dict[str, list[bytes]], label_k
             writer.write(example.SerializeToString())
         writer.close()
         infos.append(
-            {
-                "name": split,
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                "numBytes": str(path.stat().st_size),
-                "shardLengths": [str(len(images))],
-            }
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[len(images)], num_bytes=path.stat().length, filename_template=template
+            )
         )
-    module = "tensorflow_datasets.core.features"
-    label = {
-        "label": {"pythonClassName": f"{module}.class_label_feature.ClassLabel", "classLabel": {"numClasses": "3"}},
-        "number": {
-            "pythonClassName": f"{module}.scalar.Scalar",
-            "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
-        },
-    }[label_kind]
     features = {
-        "pythonClassName": f"{module}.features_dict.FeaturesDict",
-        "featuresDict": {
-            "features": {
-                "image": {
-                    "pythonClassName": f"{module}.image_feature.Image",
-                    "image": {
-                        "shape": {"dimensions": ["-1", "-1", "3"]},
-                        "dtype": "uint8",
-                        "encodingFormat": "jpeg",
-                    },
-                },
-                "label": label,
-                "file_name": {"pythonClassName": f"{module}.text_feature.Text", "text": {}},
-            }
-        },
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": {"label": tfds.features.ClassLabel(num_classes=3), "number": tfds.features.Scalar(np.int64)}[
+            label_kind
+        ],
+        "file_name": tfds.features.Text(),
     }
-    info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "moduleName": "", "splits": infos}
-    (folder / "features.json").write_text(json.dumps(features))
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=tfds.features.FeaturesDict(features),
+        split_infos=infos,
+        filename_template=files,
+        check_data=False,
+    )
     return folder

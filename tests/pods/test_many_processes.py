@@ -9,25 +9,6 @@ from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_same_numbers, as
 
 from experiments.run import only_writer
 
-RESTORE = """
-import hashlib, sys
-import numpy as np
-from experiments.config import DistributedConfig
-from experiments.distributed import initialize
-from ltp_jax.trail import Trail
-from ltp_jax.trees import named_leaves
-
-words = dict(word.removeprefix("--distributed.").split("=") for word in sys.argv[2:])
-initialize(DistributedConfig(
-    coordinator_address=words["coordinator-address"],
-    num_processes=int(words["num-processes"]),
-    process_id=int(words["process-id"]),
-))
-trail = Trail(sys.argv[1])
-bits = b"".join(np.asarray(w).tobytes() for e in trail.entries for _, w in named_leaves(trail.restore(e)))
-print("restored", hashlib.sha256(bits).hexdigest())
-"""
-
 SHARERS = """
 import os, sys
 from experiments.config import DistributedConfig
@@ -86,9 +67,6 @@ def test_number_of_processes_changes_nothing(jobs, undisturbed, tmp_path):
     for i in range(1, 4):
         assert "epoch" not in ended[i].stdout
         assert "epoch 3:" in (workdir / f"log-{i}.txt").read_text()
-    restored = jobs.start([sys.executable, "-c", RESTORE, str(workdir)], 4, 1, {}, 120)
-    assert_all_done(restored)
-    assert len({process.stdout.splitlines()[-1] for process in restored}) == 1
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -146,23 +124,19 @@ def test_processes_with_the_same_cores_share_them(jobs):
     assert [process.stdout.splitlines()[-1] for process in ended] == ["sharers 2", "sharers 1", "sharers 2"]
 
 
-def test_parameters_may_be_split(jobs, undisturbed, tmp_path):
-    workdir = tmp_path / "run"
-    assert_all_done(jobs(workdir, "--mesh.fsdp=2", processes=2, devices=2))
-    assert_trail_is_whole(workdir)
-    assert_same_numbers(workdir, undisturbed)
-
-
 def test_other_number_of_processes_goes_on(jobs, undisturbed, tmp_path):
-    """Two processes stop within an epoch, one stops while an entry is being written, four come to the end."""
+    """Two processes stop within an epoch, one stops while an entry is being written, four come to the end.
+
+    The first and the last split the parameters over two devices.
+    """
     workdir = tmp_path / "run"
     stop = {"LTP_SIGNAL": SIGTERM, "LTP_BATCH": "13", "LTP_SLOWLY": "0.3"}
-    ended = jobs(workdir, processes=2, devices=2, signals={0: stop, 1: stop})
+    ended = jobs(workdir, "--mesh.fsdp=2", processes=2, devices=2, signals={0: stop, 1: stop})
     assert codes(ended) == [START_AGAIN, START_AGAIN], ended[0].stderr
     assert "the same command goes on from there" in ended[0].stdout
     ended = jobs(workdir, devices=4, signals={0: {"LTP_SIGNAL": SIGTERM, "LTP_WHILE_SAVING": "1"}})
     assert codes(ended) == [START_AGAIN], ended[0].stderr
-    assert_all_done(jobs(workdir, processes=4, devices=1))
+    assert_all_done(jobs(workdir, "--mesh.fsdp=2", processes=4, devices=1))
     assert_trail_is_whole(workdir)
     assert_same_numbers(workdir, undisturbed)
 
