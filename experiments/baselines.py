@@ -62,7 +62,7 @@ def gradual_magnitude(
         raise ValueError(f"prune_steps is {prune_steps}, every is {every}; accepted is at least 1")
     every = min(every, prune_steps)
     last = prune_steps // every * every
-    planned = cubic_density(density, last)
+    planned = optax.polynomial_schedule(1.0, density, power=3, transition_steps=last)
     masks_at = uniform_masks if uniform else global_masks
 
     def refresh(weights: Scalars, masks: Masks, step: jax.Array) -> Masks:
@@ -72,30 +72,20 @@ def gradual_magnitude(
     return _masked(plan, lambda weights: masks_at(weights, planned(0)), refresh)
 
 
-def cubic_density(density: float, steps: int) -> Callable[[ArrayLike], jax.Array]:
-    """``d + (1 − d)(1 − t/steps)³``, and ``d`` from ``steps`` on: the schedule of Zhu & Gupta from sparsity zero."""
-
-    def plan(step: ArrayLike) -> jax.Array:
-        rest = 1 - jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0, 1)
-        return density + (1 - density) * rest**3
-
-    return plan
-
-
-def global_masks(weights: Scalars, density: jax.Array) -> Masks:
+def global_masks(weights: Scalars, density: ArrayLike) -> Masks:
     """Keeps a share of the weights of all tensors together, the largest: ``round(density · n)`` of ``n``."""
     sizes = jnp.sort(jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()]))
     smallest = _smallest_kept(sizes, density)
     return {path: jnp.abs(w) >= smallest for path, w in weights.items()}
 
 
-def uniform_masks(weights: Scalars, density: jax.Array) -> Masks:
+def uniform_masks(weights: Scalars, density: ArrayLike) -> Masks:
     """Keeps the same share of each tensor's weights, the largest: ``round(density · n)`` of ``n``."""
     return {path: jnp.abs(w) >= _smallest_kept(jnp.sort(jnp.abs(w).ravel()), density) for path, w in weights.items()}
 
 
-def _smallest_kept(ascending: jax.Array, density: jax.Array) -> jax.Array:
-    kept = jnp.clip(jnp.round(density * ascending.size).astype(jnp.int32), 1, ascending.size)
+def _smallest_kept(ascending: jax.Array, density: ArrayLike) -> jax.Array:
+    kept = jnp.clip(jnp.round(jnp.asarray(density) * ascending.size).astype(jnp.int32), 1, ascending.size)
     return ascending[ascending.size - kept]
 
 

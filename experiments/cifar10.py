@@ -20,15 +20,11 @@ class Cifar10Config(Config):
     """CIFAR-10, 32×32 pixels, through TFDS."""
 
     arch: Literal["resnet20"] = "resnet20"
-    """The network."""
     workdir: Path = Path("runs/cifar10")
-    """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt."""
     pretrain: TrainConfig = TrainConfig(
         epochs=160, batch_size=128, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4
     )
-    """Training of the dense network."""
     train: TrainConfig = TrainConfig(epochs=30, batch_size=128, learning_rate=0.05, weight_decay=1e-4)
-    """Training while pruning."""
     ltp: LtpConfig = LtpConfig(target_compression=8.0)
 
 

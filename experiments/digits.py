@@ -20,13 +20,9 @@ class DigitsConfig(Config):
     """Handwritten digits, 8×8 pixels, from scikit-learn."""
 
     arch: Literal["digits"] = "digits"
-    """The network."""
     workdir: Path = Path("runs/digits")
-    """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt."""
     pretrain: TrainConfig = TrainConfig(epochs=20, batch_size=64, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4)
-    """Training of the dense network."""
     train: TrainConfig = TrainConfig(epochs=30, batch_size=64, learning_rate=0.05, warmup_epochs=1)
-    """Training while pruning."""
     ltp: LtpConfig = LtpConfig(target_compression=16.0)
 
 

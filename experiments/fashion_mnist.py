@@ -20,13 +20,9 @@ class FashionMnistConfig(Config):
     """Fashion-MNIST, 28×28 pixels, through TFDS."""
 
     arch: Literal["lenet_300_100", "lenet5"] = "lenet_300_100"
-    """The network."""
     workdir: Path = Path("runs/fashion_mnist")
-    """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt."""
     pretrain: TrainConfig = TrainConfig(epochs=20, batch_size=128, learning_rate=0.05, weight_decay=5e-4)
-    """Training of the dense network."""
     train: TrainConfig = TrainConfig(epochs=30, batch_size=128, learning_rate=0.1, weight_decay=1e-3)
-    """Training while pruning."""
     ltp: LtpConfig = LtpConfig(target_compression=32.0, prune=0.4)
 
 

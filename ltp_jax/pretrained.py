@@ -17,18 +17,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from ltp_jax import models
 from ltp_jax.models.state_dict import PretrainedError, StateDict, read_state_dict
 from ltp_jax.models.torch_names import torch_names
 from ltp_jax.models.weights import WEIGHTS, WeightSettings, settings
+from ltp_jax.trees import named_leaves
 
 __all__ = ["PretrainedError", "WeightSettings", "alternatives", "load", "settings"]
 
 Variables = dict[str, Any]
 Shape = tuple[int, ...]
 
-_STATISTICS = ("mean", "var")
+_STATISTICS = ("/mean", "/var")
 
 
 def load(
@@ -86,14 +88,8 @@ def load(
         kernel = nn.initializers.lecun_normal()(head_key, template["head/kernel"], jnp.float32)
         arrays |= {"head/kernel": np.asarray(kernel), "head/bias": np.zeros(template["head/bias"], np.float32)}
 
-    variables: Variables = {"params": {}, "batch_stats": {}}
-    for key, value in arrays.items():
-        *modules, leaf = key.split("/")
-        node = variables["batch_stats" if leaf in _STATISTICS else "params"]
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[leaf] = value
-    return variables, chosen
+    flat = {f"{'batch_stats' if key.endswith(_STATISTICS) else 'params'}/{key}": value for key, value in arrays.items()}
+    return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(flat, sep="/"), chosen
 
 
 def alternatives(path: str | os.PathLike[str], chosen: WeightSettings) -> tuple[str, ...]:
@@ -119,8 +115,7 @@ def _template(name: str, num_classes: int | None) -> dict[str, Shape]:
     model = models.create(name, num_classes=num_classes)
     image = jax.ShapeDtypeStruct((1, network.input_size, network.input_size, network.channels), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-    leaves = jax.tree.leaves_with_path(variables)
-    return {"/".join(key.key for key in path[1:]): leaf.shape for path, leaf in leaves}
+    return {path.partition("/")[2]: leaf.shape for path, leaf in named_leaves(variables)}
 
 
 def _choose(

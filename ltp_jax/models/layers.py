@@ -6,7 +6,6 @@ convolutions. Those are written a second time below, in a form that the CPU runs
 gets the plain operation and nothing else.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -43,8 +42,7 @@ def explicit_padding(padding: Padding, size: tuple[int, int], kernel: int, strid
     if padding == "torch":
         return ((kernel // 2, kernel // 2),) * 2
     if padding == "same":
-        totals = [max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in size]
-        return tuple((total // 2, total - total // 2) for total in totals)
+        return lax.padtype_to_pads(size, (kernel, kernel), (stride, stride), "SAME")
     if isinstance(padding, int):
         return ((padding, padding),) * 2
     raise ValueError(f"unknown padding {padding!r}: expected 'torch', 'same', 'valid' or a number of pixels")

@@ -21,11 +21,6 @@ def kernels(params):
     return np.ravel(params["a"]["kernel"]).tolist(), np.ravel(params["b"]["kernel"]).tolist()
 
 
-def test_cubic_schedule():
-    plan = baselines.cubic_density(0.25, 4)
-    np.testing.assert_allclose([plan(t) for t in (0, 2, 4, 9)], [1, 0.25 + 0.75 / 8, 0.25, 0.25], rtol=1e-6)
-
-
 def test_one_shot_keeps_the_largest_of_the_whole_network():
     pruner = baselines.one_shot_magnitude(PLAN, 3 / 8)
     state = pruner.init(PARAMS)
