@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments.ablation_variants import VARIANTS, Job, Variant
-from experiments.compare_cells import read_cell, read_cells
+from experiments.compare_cells import is_count, is_number, is_positive, is_rows, is_text, read_cell, read_cells
 from experiments.compare_networks import HELD_OUT, NETWORKS
 from experiments.compare_report import spread
 from experiments.components import kernel_decay, weights_optimizer
@@ -31,7 +31,13 @@ from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"
 EPOCHS = 10
-KEYS = ("variant", "seed", "compression", "top1", "epochs")
+FIELDS = {
+    "variant": is_text,
+    "seed": is_count,
+    "compression": is_positive,
+    "top1": is_number,
+    "epochs": is_rows("compression", "top1", "soft_top1"),
+}
 """What a run of the ablation tells."""
 
 
@@ -79,7 +85,7 @@ def prepare(harness: Harness, variant: Variant, network: Network) -> tuple[Run, 
         weight_decay=variant.weight_decay,
         label_smoothing=variant.label_smoothing,
     )
-    steps = harness.steps(train)
+    steps = train.steps(harness.dataset.train_size)
     pruner = variant.make(Job(harness.plan, steps, network, harness.dataset.train_images))
     schedule = None if variant.rate is None else variant.rate(train.peak_learning_rate, steps)
     optimizer = None
@@ -181,9 +187,11 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     config = read_options(AblationConfig, prog="python -m experiments.ablation", description=__doc__)
     if config.command == "report":
-        cells = read_cells(config.results, KEYS)
+        cells = [cell for cell in read_cells(config.results, FIELDS) if len(cell["epochs"]) == EPOCHS]
         if not cells:
-            raise ConfigError(f"there are no runs in {config.results}: python -m experiments.ablation run")
+            raise ConfigError(
+                f"there are no runs in {config.results}: python -m experiments.ablation run --results={config.results}"
+            )
         (config.results / "table.md").write_text(markdown(cells))
         print(config.results / "table.md")
         draw_claims(cells, config.pictures / "ablation_claims.png")
@@ -191,7 +199,7 @@ def main() -> None:
         return
 
     def is_there(path: Path) -> bool:
-        return path.exists() and len(read_cell(path, KEYS)["epochs"]) == EPOCHS
+        return path.exists() and len(read_cell(path, FIELDS)["epochs"]) == EPOCHS
 
     setup = NETWORKS[ARCH]
     harness = Harness(hold_out(setup.load(config.data_dir), HELD_OUT), ARCH, config.workdir, setup.pretrain)

@@ -7,6 +7,7 @@ $ python -m experiments.compare report  # the table and the pictures of what is 
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,12 @@ import jax
 import tyro
 
 from experiments import compare_report
-from experiments.compare_cells import Cell, read_cell, read_cells, select
+from experiments.compare_cells import Cell, Trial, read_cell, read_cells, select
 from experiments.compare_networks import HELD_OUT, NETWORKS
 from experiments.compare_settings import (
     FIRST_TRIALS,
     TRIALS,
     Setting,
-    Trial,
     borrowed,
     chosen,
     decay_for,
@@ -55,6 +55,8 @@ OF_SOME_COMMANDS = {
 }
 """The options that not all commands heed: a report shows all runs that are there."""
 
+Method = Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
@@ -64,15 +66,7 @@ class CompareConfig:
     """What to do."""
     arch: Literal["lenet_300_100", "lenet5", "resnet20"] = "lenet_300_100"
     """The network; the first two learn Fashion-MNIST, the last CIFAR-10."""
-    methods: tuple[Literal["dense", "one_shot", "gmp_uniform", "gmp_global", "str", "ltp", "ltp_leak"], ...] = (
-        "dense",
-        "one_shot",
-        "gmp_uniform",
-        "gmp_global",
-        "str",
-        "ltp",
-        "ltp_leak",
-    )
+    methods: tuple[Method, ...] = typing.get_args(Method)
     """Which methods."""
     compressions: tuple[float, ...] = ()
     """Prunable weights over those kept; 8 16 32 64 128, or for resnet20 5 10 20, if nothing is said."""
@@ -154,7 +148,7 @@ def fill(
     if trial.weight_decay:
         train = dataclasses.replace(train, weight_decay=trial.weight_decay)
     try:
-        pruner = make_pruner(method, harness.plan, compression, train, harness.steps(train), trial)
+        pruner = make_pruner(method, harness.plan, compression, train, train.steps(harness.dataset.train_size), trial)
     except ValueError as error:
         raise ConfigError(f"--compressions has {compression:g}, which {method} cannot meet: {error}") from error
     compiled, harden = harness.compiled(pruner, train), jax.jit(pruner.harden)

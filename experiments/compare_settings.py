@@ -13,7 +13,7 @@ import optax
 
 import ltp_jax as ltp
 from experiments import baselines
-from experiments.compare_cells import OWN, Cell, select
+from experiments.compare_cells import OWN, Cell, Trial, select
 from experiments.components import weights_optimizer
 from experiments.config import TrainConfig
 from ltp_jax.pruner import Pruner, dense
@@ -31,27 +31,6 @@ PRODUCTS = {
     32: dict.fromkeys(RATES, (1.2e-4, 2e-4, 3e-4)),
     128: dict.fromkeys(RATES, (2.5e-4, 3.5e-4, 4.5e-4)),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One setting of a method.
-
-    Attributes:
-      learning_rate: the highest of the weights.
-      prune: share of the run in which the density descends; of no meaning to methods that do it at once.
-      select: share of the run after which LTP fixes its masks.
-      leak: share of its gradient that a weight pruned by LTP gets at first; it falls to zero until then.
-      initial: STR's first ``s``.
-      weight_decay: that of the network if it is zero; STR's is of ``s`` too, and decides how much it prunes.
-    """
-
-    learning_rate: float
-    prune: float = 0.0
-    select: float = 0.0
-    leak: float = 0.0
-    initial: float = 0.0
-    weight_decay: float = 0.0
 
 
 def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial]:

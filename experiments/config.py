@@ -43,6 +43,10 @@ class TrainConfig:
         """Training steps of an epoch of so many images; those that do not fill a batch are left out."""
         return images // self.batch_size
 
+    def steps(self, images: int) -> int:
+        """Training steps of the whole training."""
+        return self.epochs * self.steps_per_epoch(images)
+
     def check(self, name: str) -> None:
         require(self.epochs >= 1, f"--{name}.epochs", self.epochs, "at least 1")
         require(self.batch_size >= 1, f"--{name}.batch-size", self.batch_size, "at least 1")

@@ -125,7 +125,8 @@ class MetricsWriter:
         if self._path is None or not self._path.exists():
             return
         for line in self._path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off when the run was
+            # A line may have been cut off with its run.
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
                 row = json.loads(line)
                 yield line.decode(), (str(row["stage"]), str(row["kind"]), int(row["step"]))
 

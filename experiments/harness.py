@@ -24,7 +24,7 @@ from experiments.data.in_memory import InMemoryDataset
 from experiments.options import ConfigError
 from experiments.record import differences, write_json
 from ltp_jax import models
-from ltp_jax.checkpoints import restore_network, save_network
+from ltp_jax.checkpoints import TrailError, restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
 from ltp_jax.training import (
     Batch,
@@ -109,10 +109,6 @@ class Harness:
         self.plan = network_plan(self.module, dataset.image_shape)
         self._evaluate = jax.jit(make_eval_step(self.apply))
 
-    def steps(self, config: TrainConfig) -> int:
-        """Training steps of a run."""
-        return config.epochs * config.steps_per_epoch(self.dataset.train_size)
-
     def dense_network(self, seed: int) -> Network:
         """The trained network that every method starts from: trained once a seed, then read from disk.
 
@@ -121,14 +117,17 @@ class Harness:
             learn, or weights that are not finite.
         """
         path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
-        initial = init_network(self.module, self.dataset.image_shape, seed)
         known = path.is_dir()
         if known:
             check_training(path.with_suffix(".json"), self.pretrain)
-            network = restore_network(path)
-            check_network(network, initial, path, self.arch)
+            try:
+                network = restore_network(path)
+            except TrailError as error:
+                raise TrailError(f"{error}; remove {path}, and it is trained again") from error
+            shapes = jax.eval_shape(lambda: init_network(self.module, self.dataset.image_shape, seed))
+            check_network(network, shapes, path, self.arch)
         else:
-            *_, state = self._train_dense(initial, seed)
+            *_, state = self._train_dense(init_network(self.module, self.dataset.image_shape, seed), seed)
             network = {"params": state.params, "batch_stats": state.batch_stats}
         try:
             # In compiled code no one can look at values, and all figures of such a network would be no numbers.

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,11 +97,13 @@ def read_options(kind: type[T], *, prog: str, **settings: Any) -> T:
       ConfigError: for an impossible value.
       SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
     """
+    words = sys.argv[1:] if settings.get("args") is None else settings["args"]
+    if empty := [word for word in words if word.startswith("--") and word.endswith("=")]:
+        raise ConfigError(f"{empty[0]} has no value")  # as of a variable of the shell that is not set
     options: Any = tyro.cli(kind, prog=prog, **settings)
-    paths = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     try:
         # Not every shell does this behind the "=" of an option.
-        paths = {name: path.expanduser() for name, path in paths.items() if isinstance(path, Path)}
+        paths = {name: value.expanduser() for name, value in vars(options).items() if isinstance(value, Path)}
     except RuntimeError as error:
         raise ConfigError(f"a path that begins with ~ has no meaning here: {error}") from error
     options = dataclasses.replace(options, **paths)

@@ -48,13 +48,16 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
       write: whether this process writes the file, as one of a job does; all of them check it.
 
     Raises:
-      ConfigError: if the directory holds a run with other options, naming them, or one without a record of them.
+      ConfigError: if the directory holds a run with other options, naming them, or one without a record of them, or
+        a file of somebody else's where the record would be.
     """
     path = config.workdir / "config.json"
     new = to_json(config) | ({"weights": weights} if weights else {})
     if _was_begun(config):
         try:
-            old = dict(json.loads(path.read_text()))
+            old = json.loads(path.read_text())
+            if not isinstance(old, dict):
+                raise ValueError("it is no table")
         except (OSError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{config.workdir} holds what a run saved, but no record of its options can be read there ({error}); "
@@ -75,6 +78,8 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
                 f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
                 "Choose another --workdir, or the same options to go on with that run"
             )
+    elif _of_somebody_else(path):
+        raise ConfigError(f"{path} is there already, and not of a run; choose another --workdir")
     if write:
         write_json(path, new)
 
@@ -83,6 +88,15 @@ def _was_begun(config: Config) -> bool:
     """Whether a run has saved anything that another one would go on from."""
     folders = (config.workdir / name for name in ("pretrain", "trail", "resume"))
     return config.own_dense.is_dir() or any(any(folder.glob("[0-9]*")) for folder in folders)
+
+
+def _of_somebody_else(path: Path) -> bool:
+    """Whether a file is JSON, but not the record of a run."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return not (isinstance(found, dict) and {"arch", "ltp"} <= found.keys())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
 
 def markdown(entries: Sequence[Entry], title: str) -> str:
     """The trail as a Markdown table, with the figures beside it."""
-    front = {entry.epoch for entry in pareto(tuple(entries))}
+    front = {entry.epoch for entry in pareto(entries)}
     dense = entries[0].top1
     lines = [
         f"# {title}",
@@ -104,7 +104,7 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
     """Top-1 against compression: every entry, the best of those as sparse or sparser, and the dense network's level."""
     figure, axes = _figure()
     dense = entries[0].top1
-    front = pareto(tuple(entries))
+    front = pareto(entries)
     axes.axhline(dense, color="0.4", linestyle="--", linewidth=1, label=f"dense, {dense:.2f} %")
     axes.axhline(dense - 1, color="0.7", linestyle=":", linewidth=1, label="one point below")
     points = axes.scatter(

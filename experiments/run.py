@@ -1,7 +1,6 @@
 """A whole run: train a dense network or take one, prune it epoch by epoch into a trail, and report."""
 
 import contextlib
-import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -86,11 +85,10 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
         start_logging(config.workdir, console)
         if jax.process_count() > 1:
             log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
-        metrics = MetricsWriter(config.workdir, config.tensorboard)
+        metrics = stack.enter_context(contextlib.closing(MetricsWriter(config.workdir, config.tensorboard)))
         with distributed.preemption_notice() as preempted:
             trainer = Trainer(config, module, dataset, metrics, console, preempted)
             trail = prune(trainer, *dense_network(trainer, start), uses)
-        metrics.close()
         if jax.process_index() == 0:
             paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
             console.print(report.terminal_table(trail, console.width))
@@ -146,7 +144,7 @@ def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
 
 def make_pruner(config: Config, plan: ltp.Plan, uses: Mapping[str, float], dataset: Dataset) -> Pruner:
     """LTP as the options have it, for this network and this many images."""
-    return ltp_pruner(config.ltp, plan, config.train.epochs * config.train.steps_per_epoch(dataset.train_size), uses)
+    return ltp_pruner(config.ltp, plan, config.train.steps(dataset.train_size), uses)
 
 
 def dense_network(trainer: Trainer, start: Start | None) -> tuple[Any, Any]:
@@ -269,6 +267,8 @@ def keeper(
         soft = soften(state.params, state.pruning.thresholds, state.pruning, state.step)
         figures, soft_figures = trainer.evaluate(state.batch_stats, hard, soft)
         summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
+        # The report shows layers in the order in which the network calls them, and not by name.
+        summary = summary.replace(tensors={path: summary.tensors[path] for path in uses})
         macs, macs_left = budget_left(summary, uses)
         entry = Entry.of(
             summary,
@@ -278,12 +278,6 @@ def keeper(
             **{f"soft_{name}": figure for name, figure in soft_figures.items()},
             train_loss=float(totals["loss"] / totals["examples"]) if totals["examples"] else None,
             macs_compression=macs / max(macs_left, 1),
-        )
-        # The report shows layers in the order in which the network calls them, and not by name.
-        entry = dataclasses.replace(
-            entry,
-            densities={path: entry.densities[path] for path in uses},
-            thresholds={path: entry.thresholds[path] for path in uses},
         )
         trail.save(entry, hard, state.batch_stats)
         trainer.metrics.write("prune", "entry", entry.step, entry.figures())

@@ -94,7 +94,7 @@ class Trainer:
         if first % steps_per_epoch == 0:
             keep(state, first // steps_per_epoch)  # entry 0, or one that was lost with the process that wrote it
         batches = self._train_batches(config.batch_size, first)
-        total = config.epochs * steps_per_epoch
+        total = config.steps(dataset.train_size)
         with progress_bar(self._console, stage, total, first, config.batch_size) as advance:
             while step < total:
                 if step % steps_per_epoch == 0:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import operator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,9 @@ class Entry:
             it with ``jax.jit(ltp_jax.summarize, out_shardings=...)``, replicated.
           **figures: what else an entry has to have: epoch, step, and the accuracy of the network.
         """
-        summary = jax.device_get(summary)
-        tensors, kept = summary.tensors.items(), summary.count_kept()
+        # One by one: of a whole dictionary JAX would forget the order.
+        tensors = [(path, jax.device_get(tensor)) for path, tensor in summary.tensors.items()]
+        kept = summary.count_kept()
         return cls(
             compression=summary.weights / max(kept, 1) if summary.weights else 1.0,
             density=kept / max(summary.weights, 1),
@@ -243,7 +245,7 @@ class Trail:
             try:
                 metrics = json.loads((self.path / str(epoch) / "metrics" / "metrics").read_text())
                 metrics.pop("gap")
-                self._read[epoch] = Entry(**metrics)
+                self._read[epoch] = _checked(Entry(**metrics))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TrailError(
                     f"entry {epoch} of {self.path} cannot be read: {in_one_line(error)}; the others can be once "
@@ -252,7 +254,20 @@ class Trail:
         return self._read[epoch]
 
 
-def pareto(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+def _checked(entry: Entry) -> Entry:
+    """An entry as it was read. Raises TypeError if one of its figures is no figure."""
+    for field in dataclasses.fields(entry):
+        value = getattr(entry, field.name)
+        if field.name in ("densities", "thresholds"):
+            good = isinstance(value, dict) and all(isinstance(figure, int | float) for figure in value.values())
+        else:
+            good = isinstance(value, int | float) or (value is None and field.default is None)
+        if not good:
+            raise TypeError(f"its {field.name} is {value!r:.40}")
+    return entry
+
+
+def pareto(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     """Those of the entries that no other beats in both compression and top-1, by rising compression."""
     front: list[Entry] = []
     for entry in sorted((e for e in entries if e.measured), key=lambda e: (-e.compression, -e.top1)):

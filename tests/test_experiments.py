@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from experiments.record import record, to_json, write_json
 from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
 from ltp_jax.pruner import dense
+from ltp_jax.sharding import make_mesh
 from ltp_jax.trail import Entry, Trail
 from tests.commands import ROOT, run_python
 
@@ -48,9 +50,8 @@ def tiny(workdir, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def start(config, dataset=None):
-    dataset = dataset or digits()
-    return runs.run(config, models.create("digits", num_classes=10), dataset)
+def start(config, dataset=None, begin=None):
+    return runs.run(config, models.create("digits", num_classes=10), dataset or digits(), begin)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +91,15 @@ def test_figures_of_an_entry_are_those_of_its_network(finished):
     network = trail.restore(trail.entries[-1])
     batch = next(iter(dataset.evaluate(dataset.eval_size)))
     images = (np.float32(batch["image"]) - np.float32(dataset.mean)) / np.float32(dataset.std)
-    logits = np.asarray(models.create("digits", num_classes=10).apply(network, images, train=False))
+    logits = logits_of(network, images)
     assert trail.entries[-1].top1 == pytest.approx(100 * np.mean(logits.argmax(-1) == batch["label"]))
     top5 = np.argsort(-logits, axis=-1)[:, :5] == batch["label"][:, None]
     assert trail.entries[-1].top5 == pytest.approx(100 * np.mean(top5.any(-1)))
     assert trail.entries[-1].loss == pytest.approx(mean_loss(logits, batch["label"]), rel=1e-4)
+
+
+def logits_of(network, images):
+    return np.asarray(jax.jit(partial(models.create("digits", num_classes=10).apply, train=False))(network, images))
 
 
 def mean_loss(logits, labels):
@@ -117,7 +122,7 @@ def test_soft_figures_and_those_of_training_are_those_of_the_state(finished):
     batch = next(iter(dataset.evaluate(dataset.eval_size)))
     images = (np.float32(batch["image"]) - np.float32(dataset.mean)) / np.float32(dataset.std)
     network = {"params": params, "batch_stats": state["batch_stats"]}
-    logits = np.asarray(models.create("digits", num_classes=10).apply(network, images, train=False))
+    logits = logits_of(network, images)
     assert entry.soft_top1 == pytest.approx(100 * np.mean(logits.argmax(-1) == batch["label"]))
     assert entry.soft_loss == pytest.approx(mean_loss(logits, batch["label"]), rel=1e-4)
     assert entry.soft_loss != entry.loss
@@ -198,17 +203,25 @@ def test_run_writes_what_the_documentation_says(finished):
     assert not (finished / "pretrain").exists()
 
 
-def test_same_command_again_changes_nothing(finished):
+def test_same_command_again_changes_nothing(finished, monkeypatch):
+    """On a terminal that has not all signs, too, which gets others."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
     before = (finished / "metrics.jsonl").read_text()
     stamp = (finished / "trail" / "2").stat().st_mtime_ns
-    start(tiny(finished, tensorboard=True))
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: start(tiny(finished, tensorboard=True)))
+    assert stop.value.code == 0
     assert (finished / "metrics.jsonl").read_text() == before
     assert (finished / "trail" / "2").stat().st_mtime_ns == stamp
+    terminal.seek(0)
+    assert "1.00?" in terminal.read()
 
 
 def test_a_damaged_line_of_figures_is_dropped(tmp_path):
     good = '{"stage": "prune", "kind": "train", "step": 3, "loss": 0.5}\n'
     lines = [good.encode(), b"\xff\xfe\x00{\n", b'{"stage": "prune"}\n', b"7\n", good.replace("3", "9").encode()]
+    lines.append(good.replace("3", "Infinity").encode())
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
     metrics = MetricsWriter(tmp_path, tensorboard=False)
     metrics.rewind("prune", 3)
@@ -218,6 +231,18 @@ def test_a_damaged_line_of_figures_is_dropped(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def told_to_tensorboard(folder):
+    """Kind and step of every event of the file in a folder."""
+    (path,) = folder.iterdir()
+    record, told = path.read_bytes(), []
+    while record:  # length, its checksum, the event, and its checksum
+        length = int.from_bytes(record[:8], "little")
+        event = Event.FromString(record[12 : 12 + length])
+        told.append((event.WhichOneof("what"), event.step))
+        record = record[16 + length :]
+    return told
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_tensorboard_is_told_from_which_step_a_stage_goes_on(tmp_path, first):
     metrics = MetricsWriter(tmp_path, tensorboard=True)
@@ -225,13 +250,7 @@ def test_tensorboard_is_told_from_which_step_a_stage_goes_on(tmp_path, first):
     for step in range(first + 1, 6):
         metrics.write("prune", "train", step, {"loss": 0.5})
     metrics.close()
-    (path,) = (tmp_path / "tensorboard" / "prune").iterdir()
-    record, told = path.read_bytes(), []
-    while record:  # length, its checksum, the event, and its checksum
-        length = int.from_bytes(record[:8], "little")
-        event = Event.FromString(record[12 : 12 + length])
-        told.append((event.WhichOneof("what"), event.step))
-        record = record[16 + length :]
+    told = told_to_tensorboard(tmp_path / "tensorboard" / "prune")
     points = [("summary", step) for step in range(first + 1, 6)]
     assert [row for row in told if row[0] != "file_version"] == [("session_log", first + 1), *points]
 
@@ -302,7 +321,7 @@ def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_pa
             settle=lambda: None,
         )
     assert (asked["seed"], asked["start_step"]) == (7, 0)
-    expected = module.init(jax.random.key(7), np.zeros((1, 8, 8, 1), np.float32), train=False)
+    expected = jax.jit(partial(module.init, train=False))(jax.random.key(7), np.zeros((1, 8, 8, 1), np.float32))
     chex.assert_trees_all_close(begun[0].params, expected["params"], rtol=1e-5)
     np.testing.assert_array_equal(jax.random.key_data(begun[0].key), jax.random.key_data(jax.random.key(7)))
 
@@ -311,8 +330,9 @@ def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_pa
 def test_interrupted_run_ends_in_the_same_bits(finished, tmp_path, batch_size, after):
     """Broken off in the second epoch of pretraining, and in the first and the second of pruning."""
     with pytest.raises(Interrupted):
-        start(tiny(tmp_path), Interrupting(digits(), batch_size, after))
-    start(tiny(tmp_path))
+        start(tiny(tmp_path, tensorboard=True), Interrupting(digits(), batch_size, after))
+    assert ("summary", 9) in told_to_tensorboard(tmp_path / "tensorboard" / "pretrain")
+    start(tiny(tmp_path, tensorboard=True))
     whole, resumed = Trail(finished), Trail(tmp_path)
     assert resumed.entries == whole.entries
     for entry in whole.entries:
@@ -352,29 +372,15 @@ def test_a_run_goes_on_when_a_broken_entry_was_removed(finished, tmp_path):
 @pytest.mark.parametrize("states", [True, False])
 def test_a_dense_entry_that_was_removed_is_made_anew_and_nothing_trained(finished, tmp_path, states):
     shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "trail" / "0")
+    for folder in ("trail/0", "report"):
+        shutil.rmtree(tmp_path / "run" / folder)
     if not states:
         shutil.rmtree(tmp_path / "run" / "resume")
     trail = start(tiny(tmp_path / "run", tensorboard=True), Interrupting(digits(), 96, 0))
     assert trail.entries == Trail(finished).entries
     chex.assert_trees_all_equal(trail.restore(trail.dense), restore_network(finished / "dense"))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
-
-
-def test_a_finished_run_without_its_states_is_reported_and_not_trained_again(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    for folder in ("resume", "report"):
-        shutil.rmtree(tmp_path / "run" / folder)
-    trail = start(tiny(tmp_path / "run", tensorboard=True), Interrupting(digits(), 96, 0))
-    assert trail.epochs == (0, 1, 2)
     assert (tmp_path / "run" / "report" / "trail.md").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
-
-
-def test_dense_network_of_another_run_is_taken(finished, tmp_path):
-    trail = start(tiny(tmp_path, dense=finished / "dense"))
-    assert trail.entries == Trail(finished).entries
-    assert not (tmp_path / "dense").exists()
 
 
 def test_dense_network_of_another_architecture_is_refused(finished, tmp_path):
@@ -435,7 +441,7 @@ def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
             record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", None])
+@pytest.mark.parametrize("text", ["{", None])
 def test_a_run_is_not_gone_on_with_where_its_options_are_not_known(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -456,6 +462,14 @@ def test_options_may_change_as_long_as_nothing_was_saved(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
+@pytest.mark.parametrize("text", ['{"mine": 1}', "[]"])
+def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
+        record(tiny(tmp_path))
+    assert (tmp_path / "config.json").read_text() == text
+
+
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):
     path, before = tmp_path / "record.json", tmp_path / "before.json"
     write_json(path, {"a": 1})
@@ -471,7 +485,8 @@ def test_two_runs_do_not_write_to_one_directory(finished, tmp_path):
     with runs.only_writer(config.workdir), pytest.raises(RunError, match=r"another run is writing to .*/run; wait"):
         start(config)
     assert not any(config.workdir.iterdir())
-    start(config)  # nobody is in it now
+    with pytest.raises(Interrupted):  # nobody is in it now
+        start(config, Interrupting(digits(), 96, 0))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--workdir is .*/file, which is a file"):
         start(tiny(tmp_path / "file", dense=finished / "dense"))
@@ -482,23 +497,24 @@ def test_published_weights_that_cannot_be_pruned_are_not_kept(finished, tmp_path
     broken = {**network["params"], "head": jax.tree.map(lambda w: w * np.nan, network["params"]["head"])}
     begin = runs.Start(lambda: network | {"params": broken}, trained=True)
     with pytest.raises(ConfigError, match=r"^the dense network cannot be pruned: head/kernel has a temperature of nan"):
-        runs.run(tiny(tmp_path), models.create("digits"), digits(), begin)
+        start(tiny(tmp_path), begin=begin)
     assert not (tmp_path / "dense").exists()
     # With others the same directory will do, whatever the options are.
-    trail = runs.run(tiny(tmp_path, seed=1), models.create("digits"), digits(), begin._replace(network=lambda: network))
-    assert trail.epochs == (0, 1, 2)
+    with pytest.raises(Interrupted):
+        start(tiny(tmp_path, seed=1), Interrupting(digits(), 96, 0), begin._replace(network=lambda: network))
+    assert Trail(tmp_path).epochs == (0,)
 
 
 @pytest.mark.parametrize(("beyond", "told"), [(-1.1, True), (-0.9, False), (0.9, False), (1.1, True)])
-def test_a_dense_network_far_from_what_was_published_is_told(finished, tmp_path, beyond, told):
+def test_a_dense_network_far_from_what_was_published_is_told(tmp_path, monkeypatch, beyond, told):
     """More accurate than published is suspicious, too: then they are other weights."""
-    top1 = Trail(finished).dense.top1
-    begin = runs.Start(lambda: restore_network(finished / "dense"), trained=True, expected_top1=top1 + beyond)
-    with pytest.raises(Interrupted):
-        runs.run(tiny(tmp_path), models.create("digits"), Interrupting(digits(), 96, 0), begin)
-    said = f"has {top1:.2f} % top-1 where {top1 + beyond:.2f} % was published"
-    log = (tmp_path / "log.txt").read_text()
-    assert log.count(said) == log.count("was published") == told
+    said, network = [], {"params": {"kernel": np.ones(2, np.float32)}, "batch_stats": {}}
+    monkeypatch.setattr(runs.log, "warning", lambda text, *words: said.append(text % words))
+    config = SimpleNamespace(own_dense=tmp_path / "dense")
+    taking = SimpleNamespace(config=config, mesh=make_mesh(), evaluate=lambda *network: [{"top1": 70.0}])
+    runs.take(taking, network, expected_top1=70 + beyond)
+    assert [f"has 70.00 % top-1 where {70 + beyond:.2f} % was published" in text for text in said] == [True] * told
+    chex.assert_trees_all_equal(restore_network(config.own_dense), network)
 
 
 def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path):
@@ -540,6 +556,7 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--ltp.learn", "1.5"], "--ltp.learn is 1.5; accepted is more than 0, at most 1"),
         (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
         (["--seed", "-3"], "--seed is -3"),
+        (["--seed=1", "--workdir="], "^--workdir= has no value"),
         (["--workdir", "gs://bucket/run"], "^--workdir: gs:/bucket/run is no path of a file system; accepted"),
         (["--dense=gs://bucket/dense"], "^--dense: gs:/bucket/dense is no path of a file system; accepted"),
         (["--data-dir=s3://bucket"], "^--data-dir is s3://bucket; accepted is a path of this machine"),
@@ -730,16 +747,6 @@ def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
     assert done.stderr == "error: interrupted; the same command goes on from the last saved state\n"
 
 
-def test_a_terminal_without_the_signs_gets_others(finished, monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: start(tiny(finished, tensorboard=True)))
-    assert stop.value.code == 0
-    terminal.seek(0)
-    assert "1.00?" in terminal.read()
-
-
 def test_full_disk_is_one_message_and_loses_nothing(finished, tmp_path):
     """No file may grow beyond 60 kB: configuration and log fit, the checkpoint of the network does not."""
     code = (
@@ -790,3 +797,6 @@ def test_step_is_traced_once_in_a_run_and_held_out_images_are_read_once_an_entry
     trail = start(tiny(tmp_path, dense=finished / "dense"), dataset)
     assert len(traced) == 1
     assert dataset.evaluations == len(trail.epochs)
+    # The dense network of another run was taken, and comes to the same.
+    assert trail.entries == Trail(finished).entries
+    assert not (tmp_path / "dense").exists()

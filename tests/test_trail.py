@@ -237,6 +237,11 @@ def test_broken_entry_is_named(path, tmp_path):
     (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text('{"epoch":')
     with pytest.raises(TrailError, match=r"entry 2 of .* cannot be read"):
         _ = Trail(tmp_path / "trail").entries
+    figures = json.loads((tmp_path / "trail" / "3" / "metrics" / "metrics").read_text())
+    for name, value in (("top1", "x"), ("top1", None), ("densities", 0.5), ("thresholds", {"a": None})):
+        (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text(json.dumps(figures | {name: value}))
+        with pytest.raises(TrailError, match=rf"entry 2 of .* cannot be read: .*its {name} is {value!r}"):
+            _ = Trail(tmp_path / "trail").entries
     shutil.rmtree(tmp_path / "trail" / "3" / "network" / "d")
     shutil.rmtree(tmp_path / "trail" / "3" / "network" / "ocdbt.process_0")
     with pytest.raises(TrailError, match=r"the network in .*3/network cannot be read"):

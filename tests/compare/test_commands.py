@@ -24,7 +24,7 @@ from experiments.harness import Harness, augmented, hold_out
 from experiments.options import ConfigError
 from experiments.record import write_json
 from ltp_jax import models
-from ltp_jax.checkpoints import save_network
+from ltp_jax.checkpoints import TrailError, save_network
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state, cross_entropy, make_train_step
 
@@ -84,7 +84,7 @@ def test_targets_that_make_no_sense_are_refused(words, message):
 
 def test_the_harness_takes_the_steps_of_an_ordinary_loop(harness):
     network, seed, train = harness.dense_network(0), 3, dataclasses.replace(TRAIN, epochs=1)
-    steps = harness.steps(train)
+    steps = train.steps(harness.dataset.train_size)
     (state,) = harness.compiled(dense(), train)(network, seed)
     optimizer = weights_optimizer(train, steps)
     step = jax.jit(make_train_step(harness.apply, optimizer, dense(), cross_entropy()))
@@ -105,7 +105,9 @@ def test_distillation_takes_the_labels_of_the_network_it_starts_from(harness, tm
     jax.tree.map(np.testing.assert_array_equal, right.params, same.params)
     # What is learned are the network's own probabilities, whose entropy no loss can be below.
     total, entropies = jax.device_get(right.totals), []
-    for batch in itertools.islice(harness.dataset.train(train.batch_size, seed=0), harness.steps(train)):
+    for batch in itertools.islice(
+        harness.dataset.train(train.batch_size, seed=0), train.steps(harness.dataset.train_size)
+    ):
         logits, _ = harness.apply(network["params"], network["batch_stats"], batch["image"], train=False, key=None)
         entropies.append(-np.mean(np.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), -1)))
     assert total["loss"] / total["examples"] > np.mean(entropies)
@@ -160,6 +162,13 @@ def test_a_dense_network_that_cannot_be_pruned_is_refused(tmp_path, harness, wei
     broken = traverse_util.unflatten_dict(flat, sep="/")
     save_network(path, broken["params"], broken["batch_stats"])
     with pytest.raises(ConfigError, match=f"seed 0 cannot be pruned: {kernel} has {said}.*; remove .*dense_0, and it"):
+        copy.dense_network(0)
+
+
+def test_a_damaged_dense_network_is_told_with_the_remedy(tmp_path, harness):
+    copy, path = kept_network(tmp_path, harness)
+    (path / "_METADATA").write_text("")
+    with pytest.raises(TrailError, match=f"dense_0 cannot be read: it is damaged.*; remove {path}, and it is trained"):
         copy.dense_network(0)
 
 

@@ -1,5 +1,6 @@
 """The tables and pictures of a comparison."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,7 +23,7 @@ def cell(method, compression, seed, top1, achieved):
         "achieved": achieved,
         "dense_top1": 91.0 + seed,
         "densities": {"head/kernel": 0.1, "stem/conv/kernel": 0.2},
-        "trial": {"prune": 0.4},
+        "trial": dataclasses.asdict(compare_cells.Trial(learning_rate=0.1, prune=0.4)),
         "epochs_trained": 2,
         "epochs": [{"compression": compression / 2}, {"compression": achieved}],
     }
@@ -161,7 +162,24 @@ def test_picture_of_the_plan(monkeypatch):
         ("{", "Expecting property name"),
         ("3", "not iterable"),
         ("{}", "it lacks network, dataset, method, compression, seed, .*achieved, top1"),
-        (json.dumps({key: 1 for key in compare_cells.KEYS if key != "top1"}), r"it lacks top1\)"),
+        ("[" * 100_000, "recursion"),
+        *(
+            (json.dumps(CELLS[0] | {key: value}), message)
+            for key, value, message in (
+                ("network", ["resnet20"], r"its network is \['resnet20'\]"),
+                ("compression", 0, "its compression is 0"),
+                ("seed", "x", "its seed is 'x'"),
+                ("achieved", None, "its achieved is None"),
+                ("top1", float("nan"), "its top1 is nan"),
+                ("train_top1", [], r"its train_top1 is \[\]"),
+                ("densities", {"head": "x"}, "its densities is {'head': 'x'}"),
+                ("trial", {"learning_rate": None}, "its trial is {'learning_rate': None}"),
+                ("trial", {"learning_rate": 0.1, "rat": 1}, "unexpected keyword argument 'rat'"),
+                ("trial", {}, "missing 1 required"),
+                ("epochs", [{}, {}], r"its epochs is \[{}, {}\]"),
+                ("epochs", [{"compression": 8}], "it has 1 of 2 epochs"),
+            )
+        ),
     ],
 )
 def test_broken_record_of_a_run_is_said(tmp_path, text, message):
