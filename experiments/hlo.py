@@ -6,7 +6,6 @@ import re
 from collections import Counter
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +72,17 @@ def collectives(hlo: str, chips: int) -> dict[str, Collective]:
 
 def _result_bytes(result: str, with_operands: bool) -> int:
     """The bytes of an operation's results, which stand behind its operands in what some asynchronous ones return."""
-    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result)
     if with_operands:
         arrays = [array for array in arrays if array != ("u32", "")]  # what the runtime keeps of it, at the end
         arrays = arrays[len(arrays) // 2 :]
-    return sum(BITS.get(dtype, 32) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+    return sum(_width(dtype) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+
+
+def _width(dtype: str) -> int:
+    """The bytes of one element: of ``bf16``, ``f8e4m3fn`` and their like by the bits in the name, one of ``pred``."""
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else -(-int(bits[0]) // 8)
 
 
 def _group_size(line: str, chips: int) -> int:

@@ -181,6 +181,15 @@ def test_collectives_of_a_program():
     }
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("pred", 1), ("s8", 1), ("f8e4m3fn", 1), ("bf16", 2), ("u16", 2), ("f32", 4), ("u64", 8)]
+)
+def test_bytes_of_an_element(dtype, width):
+    assert found_in(f"%a = {dtype}[10,3]{{1,0}} collective-permute(%v)") == {
+        "collective-permute": (1, 30 * width, 30 * width)
+    }
+
+
 def test_asynchronous_forms_count_as_the_others():
     """What starts one gives back its operands and marks of the runtime beside the results."""
     for gather in (
