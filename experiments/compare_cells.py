@@ -57,6 +57,14 @@ def is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
+def is_trial(value: Any) -> bool:
+    """Whether it is a setting of numbers. Raises TypeError if one that it needs is missing, or nobody knows it."""
+    if not is_numbers(value):
+        return False
+    Trial(**value)
+    return True
+
+
 def is_rows(*keys: str) -> Callable[[Any], bool]:
     """Whether there is something for each epoch: a number above zero under each of the keys."""
 
@@ -76,7 +84,7 @@ FIELDS: Fields = {
     "method": is_text,
     "compression": lambda value: value is None or is_positive(value),
     "seed": is_count,
-    "trial": is_numbers,
+    "trial": is_trial,
     "epochs_trained": is_positive,
     "achieved": is_positive,
     "top1": is_number,
@@ -96,10 +104,8 @@ def read_cell(path: Path, fields: Fields = FIELDS) -> Cell:
         for key, check in {**fields, "train_top1": is_number}.items():
             if key in cell and not check(cell[key]):
                 raise ValueError(f"its {key} is {cell[key]!r:.40}")
-        if "trial" in fields:
-            cell["trial"] = dataclasses.asdict(Trial(**cell["trial"]))  # older ones have no leak
-            if len(cell["epochs"]) != cell["epochs_trained"]:
-                raise ValueError(f"it has {len(cell['epochs'])} of {cell['epochs_trained']} epochs")
+        if len(cell["epochs"]) != cell.get("epochs_trained", len(cell["epochs"])):
+            raise ValueError(f"it has {len(cell['epochs'])} of {cell['epochs_trained']} epochs")
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no record of a run ({error}); remove it, and it is run again") from error
     return cell

@@ -270,7 +270,7 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
         rest = dict.fromkeys(set(GOALS) - goals)
         default = dataclasses.replace(default, ltp=dataclasses.replace(default.ltp, **rest))
     prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
-    config = read_options(type(default), prog=prog, default=default, args=list(argv), description=description)
+    config = read_options(type(default), prog=prog, default=default, args=argv, description=description)
     if idle := [flag for name in config.ltp.idle if (flag := f"--ltp.{name}") in typed]:
         other, goal = ("a penalty", "a target") if config.ltp.to_target else ("a target", "a penalty")
         raise ConfigError(f"{' and '.join(idle)} would do nothing: this run prunes to {goal}, not to {other}")

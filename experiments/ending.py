@@ -33,7 +33,6 @@ BROKEN_CONNECTION = re.compile(
 )
 """How collectives of the CPU (gloo) and of GPUs (NCCL), and JAX's coordination, tell of a partner that is gone."""
 
-
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory", re.IGNORECASE)
 """How a device, or the system behind it, tells that an array does not fit."""
 
@@ -73,7 +72,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             sys.exit(START_AGAIN)  # together: the first process must not leave while others are still saving
         end_at_once(START_AGAIN)
     except (ConfigError, DataError, TrailError, RunError, OSError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+        if isinstance(error, jax.errors.JaxRuntimeError) and not out_of_memory(error):
             raise
         message, code = explain(error)
         print(f"error: {message}", file=sys.stderr)
@@ -110,7 +109,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'the system'}: {error.strerror or error}", 1
     if isinstance(error, DataError | TrailError | RunError):
         return str(error), 1
-    if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY.search(str(error)):
+    if out_of_memory(error):
         said = str(error).partition("\n")[0]
         return (
             "the memory of the device does not suffice; what was saved before is whole. Smaller batches need less, of "
@@ -173,6 +172,11 @@ def lost_process(error: BaseException | None) -> str | None:
     if isinstance(error, jax.errors.JaxRuntimeError) and (unanswered or BROKEN_CONNECTION.search(str(error))):
         return said
     return lost_process(error.__cause__)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that an array does not fit into the memory of a device."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def has_others() -> bool:

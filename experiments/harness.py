@@ -115,8 +115,10 @@ class Harness:
         Raises:
           ConfigError: if the one on disk was trained in another way, or it cannot be pruned: a tensor that did not
             learn, or weights that are not finite.
+          TrailError: if the one on disk is damaged.
         """
         path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
+        begin = functools.partial(init_network, self.module, self.dataset.image_shape, seed)
         known = path.is_dir()
         if known:
             check_training(path.with_suffix(".json"), self.pretrain)
@@ -124,10 +126,9 @@ class Harness:
                 network = restore_network(path)
             except TrailError as error:
                 raise TrailError(f"{error}; remove {path}, and it is trained again") from error
-            shapes = jax.eval_shape(lambda: init_network(self.module, self.dataset.image_shape, seed))
-            check_network(network, shapes, path, self.arch)
+            check_network(network, jax.eval_shape(begin), path, self.arch)
         else:
-            *_, state = self._train_dense(init_network(self.module, self.dataset.image_shape, seed), seed)
+            *_, state = self._train_dense(begin(), seed)
             network = {"params": state.params, "batch_stats": state.batch_stats}
         try:
             # In compiled code no one can look at values, and all figures of such a network would be no numbers.

@@ -85,22 +85,23 @@ def require_writable(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} is {path}, which cannot be written: {error.strerror or error}") from error
 
 
-def read_options(kind: type[T], *, prog: str, **settings: Any) -> T:
+def read_options(kind: type[T], *, prog: str, args: Sequence[str] | None = None, **settings: Any) -> T:
     """The options that a command line asks for: an instance of ``kind``, checked, with ``~`` as the home directory.
 
     Args:
       kind: a dataclass with a method ``check``, or a union of such.
       prog: the command.
+      args: its words; those of this process if nothing is said.
       **settings: what else ``tyro.cli`` takes.
 
     Raises:
       ConfigError: for an impossible value.
       SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
     """
-    words = sys.argv[1:] if settings.get("args") is None else settings["args"]
-    if empty := [word for word in words if word.startswith("--") and word.endswith("=")]:
+    args = sys.argv[1:] if args is None else args
+    if empty := [word for word in args if word.startswith("--") and word.endswith("=")]:
         raise ConfigError(f"{empty[0]} has no value")  # as of a variable of the shell that is not set
-    options: Any = tyro.cli(kind, prog=prog, **settings)
+    options: Any = tyro.cli(kind, prog=prog, args=args, **settings)
     try:
         # Not every shell does this behind the "=" of an option.
         paths = {name: value.expanduser() for name, value in vars(options).items() if isinstance(value, Path)}

@@ -58,7 +58,7 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
             old = json.loads(path.read_text())
             if not isinstance(old, dict):
                 raise ValueError("it is no table")
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{config.workdir} holds what a run saved, but no record of its options can be read there ({error}); "
                 "choose another --workdir"

@@ -73,8 +73,8 @@ class Entry:
           **figures: what else an entry has to have: epoch, step, and the accuracy of the network.
         """
         # One by one: of a whole dictionary JAX would forget the order.
-        tensors = [(path, jax.device_get(tensor)) for path, tensor in summary.tensors.items()]
-        kept = summary.count_kept()
+        summary = summary.replace(tensors={path: jax.device_get(tensor) for path, tensor in summary.tensors.items()})
+        tensors, kept = summary.tensors.items(), summary.count_kept()
         return cls(
             compression=summary.weights / max(kept, 1) if summary.weights else 1.0,
             density=kept / max(summary.weights, 1),

@@ -88,6 +88,12 @@ def test_too_little_memory_is_one_message(said, capsys):
     assert told.endswith(f"({said})\n")
 
 
+@pytest.mark.usefixtures("others")
+def test_too_little_memory_is_no_lost_process():
+    message, code = explain(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert (message.startswith("the memory of the device does not suffice"), code) == (True, 1)
+
+
 def test_another_fault_of_the_device_shows_where_it_came_from():
     def main():
         raise jax.errors.JaxRuntimeError("INTERNAL: a kernel that fails")
