@@ -51,7 +51,7 @@ OF_SOME_COMMANDS = {
     "compressions": ("run",),
     "seeds": ("run",),
     "tuning_seeds": ("tune", "run"),
-    "setting_of": ("run", "report"),
+    "setting_of": ("run",),
 }
 """The options that not all commands heed: a report shows all runs that are there."""
 
@@ -106,7 +106,7 @@ class CompareConfig:
             if self.command not in fits and getattr(self, name) != getattr(CompareConfig, name):
                 option = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{option} goes with {' and '.join(fits)}, not with {self.command}")
-        if self.setting_of and self.command == "run" and "str" in self.methods:
+        if self.setting_of and "str" in self.methods:
             raise ConfigError(
                 "--methods has str, which needs a decay for each compression; --setting-of has none for it"
             )
@@ -253,8 +253,6 @@ def tuning(config: CompareConfig, methods: Sequence[str]) -> list[Cell]:
 def command_for(config: CompareConfig, command: str) -> str:
     """Another command on the same figures."""
     words = ["python -m experiments.compare", command, f"--arch={config.arch}"]
-    if config.setting_of and command == "run":
-        words += [f"--setting-of={config.setting_of}", "--methods", *(m for m in config.methods if m != "str")]
     if config.augment:
         words.append("--augment")
     if config.epochs is not None:
@@ -332,7 +330,7 @@ def main() -> None:
     setup = NETWORKS[config.arch]
     if config.command == "report":
         runs, held_out = folder(config), folder(config, held_out=True)
-        compared, tuned = read_cells(runs), read_cells(held_out)
+        compared, tuned = compare_report.read_compared(runs), read_cells(held_out)
         if not compared and not tuned:
             raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run')}")
         if compared:

@@ -24,6 +24,9 @@ LABELS = {
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
+SETTINGS = {"": "", "ltp": " (setting of LTP)", "gmp_global": " (setting of magnitude)"}
+"""Whose setting a method runs with, if not its own."""
+DASHES = dict(zip(SETTINGS, ("-", "--", ":"), strict=True))
 SIDE_BY_SIDE = (*OWN, "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""
 
@@ -34,8 +37,9 @@ def write(folder: Path, docs: Path) -> list[Path]:
     Returns:
       The files.
     """
-    cells = read_cells(folder)
-    docs.mkdir(parents=True, exist_ok=True)
+    cells = read_compared(folder)
+    for directory in (folder, docs):
+        directory.mkdir(parents=True, exist_ok=True)
     table = folder / "table.md"
     table.write_text(markdown(cells))
     pruned = [cell for cell in cells if cell["compression"] is not None]
@@ -48,6 +52,26 @@ def write(folder: Path, docs: Path) -> list[Path]:
     for path, (draw, shown) in drawn.items():
         draw(shown, path)
     return [table, *drawn]
+
+
+def read_compared(folder: Path) -> list[Cell]:
+    """The runs of a folder, and of those beside it of methods with the setting of another, whose names say of which."""
+    cells = read_cells(folder)
+    for origin in filter(None, SETTINGS):
+        for cell in read_cells(folder.parent / f"setting_of_{origin}_{folder.name}"):
+            cells.append(cell if cell["method"] == origin else cell | {"method": f"{cell['method']}@{origin}"})
+    return cells
+
+
+def variants(*methods: str) -> list[str]:
+    """The names of methods, each with a setting of its own and with those of others."""
+    return [f"{method}@{origin}" if origin else method for method in methods for origin in SETTINGS]
+
+
+def label(method: str) -> str:
+    """What tables and pictures call it."""
+    name, _, origin = method.partition("@")
+    return LABELS.get(name, "dense") + SETTINGS[origin]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -92,13 +116,21 @@ def markdown(cells: Sequence[Cell]) -> str:
         # Rounding differs between processors and numbers of threads, and with it what a seed leads to.
         seeds = ", ".join(map(str, sorted(again)))
         lines.append(f"Not the same for all methods with seed {seeds}: up to {max(again.values()):.2f} apart.")
-    if more := select(cells, method="dense"):
-        lines.append(f"Trained on as long as the others, without pruning: {spread([c['top1'] for c in more])}.")
+    lines += unpruned_rows(cells, "top1", "Trained on as long as the others, without pruning")
     if fitted := [cell for cell in cells if "train_top1" in cell]:
         lines += ["", "Training images:", "", *accuracy_rows(fitted, "train_top1")]
-        if more := select(fitted, method="dense"):
-            lines += ["", f"Without pruning: {spread([c['train_top1'] for c in more])}."]
+        if unpruned := unpruned_rows(fitted, "train_top1", "Without pruning"):
+            lines += ["", *unpruned]
     return "\n".join(lines) + "\n"
+
+
+def unpruned_rows(cells: Sequence[Cell], figure: str, words: str) -> list[str]:
+    """A line for each setting with which the control has run."""
+    return [
+        f"{words}{SETTINGS[method.partition('@')[2]]}: {spread([cell[figure] for cell in found])}."
+        for method in variants("dense")
+        if (found := select(cells, method=method))
+    ]
 
 
 def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
@@ -108,7 +140,7 @@ def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
         "| method | " + " | ".join(f"{c:g}×" for c in wanted) + " |",
         "|---|" + "---|" * len(wanted),
     ]
-    for method, label in LABELS.items():
+    for method in variants(*LABELS):
         row = []
         for compression in wanted:
             found = select(cells, method=method, compression=compression)
@@ -121,8 +153,8 @@ def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
                 text += f" at {min(achieved):.1f}–{max(achieved):.1f}×"
             row.append(text)
         if any(text != "–" for text in row):
-            lines.append(f"| {label} | " + " | ".join(row) + " |")
-    for own, rival in itertools.product(OWN, ("gmp_global", "str")):
+            lines.append(f"| {label(method)} | " + " | ".join(row) + " |")
+    for own, rival in itertools.product(variants(*OWN), ("gmp_global", "str")):
         row = []
         for compression in wanted:
             ours, theirs = (
@@ -136,7 +168,7 @@ def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
             differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             row.append(counted_spread(differences) if differences else "–")
         if any(text != "–" for text in row):
-            lines.append(f"| {LABELS[own]} less {LABELS[rival]}, seed by seed | " + " | ".join(row) + " |")
+            lines.append(f"| {label(own)} less {label(rival)}, seed by seed | " + " | ".join(row) + " |")
     return lines
 
 
@@ -157,8 +189,8 @@ def tuning_markdown(cells: Sequence[Cell]) -> str:
             decay = f"{trial['weight_decay']:.3g}" if trial["weight_decay"] else "the network's"
             reached = statistics.geometric_mean([cell["achieved"] for cell in group])
             top1 = counted_spread([cell["top1"] for cell in group])
-            rate, label = f"{trial['learning_rate']:g}", LABELS.get(method, "dense")
-            lines.append(f"| {label} | {rate} | {decay} | {prune} | {initial} | {reached:.1f}× | {top1} |")
+            named = f"{label(method)} | {trial['learning_rate']:g}"
+            lines.append(f"| {named} | {decay} | {prune} | {initial} | {reached:.1f}× | {top1} |")
     return "\n".join(lines) + "\n"
 
 
@@ -175,17 +207,19 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     # The best methods fill the picture; others may leave it where they fail, and their labels say how far.
     best = [cell["top1"] for cell in cells if cell["method"] in (*OWN, "gmp_global")] or [c["top1"] for c in cells]
     lowest = min(*best, dense) - 0.6
-    for method, label in LABELS.items():
+    for method in variants(*LABELS):
         groups = [found for c in compressions(cells) if (found := select(cells, method=method, compression=c))]
         if groups:
+            name, _, origin = method.partition("@")
             means = [statistics.fmean([cell["top1"] for cell in group]) for group in groups]
             lost = [f"{m:.1f} % at {g[0]['compression']:g}×" for g, m in zip(groups, means, strict=True) if m < lowest]
             axes.errorbar(
                 [statistics.geometric_mean([cell["achieved"] for cell in group]) for group in groups],
                 means,
                 yerr=[statistics.stdev([c["top1"] for c in group]) if len(group) > 1 else 0 for group in groups],
-                label=f"{label} ({', '.join(lost)})" if lost else label,
-                color=COLOURS[method],
+                label=f"{label(method)} ({', '.join(lost)})" if lost else label(method),
+                color=COLOURS[name],
+                linestyle=DASHES[origin],
                 marker="o",
                 capsize=3,
             )
@@ -199,7 +233,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_ylabel("top-1 on test images, %")
     axes.set_title(f"{where(cells)}: mean and standard deviation over seeds")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, handlelength=3)
     figure.savefig(path, dpi=120)
 
 

@@ -274,7 +274,7 @@ def test_impossible_grids_are_refused(words, message):
         ("report", {"tuning_seeds": (0,)}, "^--tuning-seeds goes with tune and run, not with report"),
         ("tune", {"seeds": (0,)}, "^--seeds goes with run, not with tune"),
         ("tune", {"compressions": (8.0,)}, "^--compressions goes with run, not with tune"),
-        ("tune", {"setting_of": "ltp"}, "^--setting-of goes with run and report, not with tune$"),
+        ("tune", {"setting_of": "ltp"}, "^--setting-of goes with run, not with tune$"),
     ],
 )
 def test_options_that_a_command_does_not_heed_are_refused(command, words, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from experiments import compare_cells, compare_report
 from experiments.options import ConfigError
 from experiments.record import write_json
+from tests.commands import ROOT
 
 
 def cell(method, compression, seed, top1, achieved):
@@ -72,6 +74,45 @@ def test_a_run_that_missed_its_compression_by_half_is_no_rival():
     lines = compare_report.markdown([*CELLS[:2], cell("str", 8, 0, 95.0, 4.0)]).splitlines()
     assert "| STR | 95.00 (1) at 4.0–4.0× |" in lines
     assert not any("less STR" in line for line in lines)
+
+
+def test_report_has_the_runs_with_the_setting_of_another_method(tmp_path):
+    """Beside those with their own; a method that runs with its own setting, as in a longer run, is called as ever."""
+    for name, rows in {
+        "data_net": CELLS,
+        "setting_of_ltp_data_net": [cell("ltp_leak", 16, 0, 88.5, 16.0)],
+        "setting_of_gmp_global_data_net": [
+            cell("gmp_global", 8, 0, 89.0, 8.0),
+            cell("ltp_leak", 8, 0, 89.25, 8.0),
+            cell("dense", 1, 0, 92.0, 1.0) | {"compression": None},
+        ],
+    }.items():
+        for i, row in enumerate(rows):
+            write_json(tmp_path / name / f"{i}.json", row)
+    table, *_ = compare_report.write(tmp_path / "data_net", tmp_path / "docs")
+    lines = table.read_text().splitlines()
+    assert "| gradual magnitude, global | 89.00 (1) | 87.00 (1) |" in lines
+    assert "| LTP with a leak (setting of LTP) | – | 88.50 (1) |" in lines
+    assert "| LTP with a leak (setting of LTP) less gradual magnitude, global, seed by seed | – | 1.50 (1) |" in lines
+    assert "| LTP with a leak (setting of magnitude) | 89.25 (1) | – |" in lines
+    assert "Trained on as long as the others, without pruning (setting of magnitude): 92.00." in lines
+
+
+def test_tables_of_the_repository_are_those_of_its_runs():
+    """And every row of the documentation that tells a number of seeds stands in one of them."""
+    folders = [path.parent for path in (ROOT / "experiments/results/compare").glob("*/table.md")]
+    tables = set()
+    for folder in folders:
+        if folder.name.startswith("ablation_"):
+            continue
+        cells = compare_report.read_compared(folder)
+        write = compare_report.tuning_markdown if "_held_out_" in folder.name else compare_report.markdown
+        table = (folder / "table.md").read_text()
+        assert write(cells) == table, folder.name
+        tables |= set(table.splitlines())
+    rows = [row for row in (ROOT / "docs/comparison.md").read_text().splitlines() if re.match(r"\|.* \(\d+\)", row)]
+    assert len(rows) > 30
+    assert [row for row in rows if row not in tables] == []
 
 
 def test_table_of_tuning():

@@ -213,9 +213,7 @@ def test_methods_run_with_the_setting_of_another(tune, monkeypatch):
         dataclasses.replace(config, methods=("str",)).check()
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["--setting-of=ltp"], ["--arch=lenet5", "--augment", "--epochs=30", "--tuning-seeds", "2", "3"]]
-)
+@pytest.mark.parametrize("words", [[], ["--arch=lenet5", "--augment", "--epochs=30", "--tuning-seeds", "2", "3"]])
 def test_what_to_do_when_runs_are_missing_makes_them(tmp_path, monkeypatch, words):
     """The commands of both messages are about the very files that are missed."""
 
