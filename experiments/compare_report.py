@@ -231,7 +231,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_ylim(lowest, max(dense, *(cell["top1"] for cell in cells)) + 0.4)
     axes.set_xlabel("compression: prunable weights over those kept")
     axes.set_ylabel("top-1 on test images, %")
-    axes.set_title(f"{where(cells)}: mean and standard deviation over seeds")
+    axes.set_title(f"{where(cells)}: mean and standard deviation over seeds", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, handlelength=3)
     figure.savefig(path, dpi=120)
