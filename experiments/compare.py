@@ -16,7 +16,7 @@ import jax
 import tyro
 
 from experiments import compare_report
-from experiments.compare_cells import Cell, Trial, read_cell, read_cells, select
+from experiments.compare_cells import Cell, Trial, read_cell, read_cells, select, with_setting_of
 from experiments.compare_networks import HELD_OUT, NETWORKS
 from experiments.compare_settings import (
     FIRST_TRIALS,
@@ -187,8 +187,8 @@ def folder(config: CompareConfig, *, held_out: bool = False) -> Path:
     longer = "" if config.epochs is None else f"_{config.epochs}_epochs"
     if held_out:
         return config.results / f"{dataset}_held_out_{config.arch}{longer}"
-    origin = f"setting_of_{config.setting_of}_" if config.setting_of else ""
-    return config.results / f"{origin}{dataset}_{config.arch}{longer}"
+    runs = config.results / f"{dataset}_{config.arch}{longer}"
+    return with_setting_of(config.setting_of, runs) if config.setting_of else runs
 
 
 def tune(config: CompareConfig, harness: Harness) -> None:
@@ -334,7 +334,7 @@ def main() -> None:
         if not compared and not tuned:
             raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run')}")
         if compared:
-            for path in compare_report.write(runs, config.pictures):
+            for path in compare_report.write(compared, runs, config.pictures):
                 print(path)
         if tuned:
             (held_out / "table.md").write_text(compare_report.tuning_markdown(tuned))

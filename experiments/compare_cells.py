@@ -120,6 +120,11 @@ def read_cells(folder: Path, fields: Fields = FIELDS) -> list[Cell]:
     return [read_cell(path, fields) for path in sorted(folder.glob("*.json"), key=parts)]
 
 
+def with_setting_of(origin: str, folder: Path) -> Path:
+    """Where the runs of a folder's methods are that have the setting of another one: beside it."""
+    return folder.parent / f"setting_of_{origin}_{folder.name}"
+
+
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
     """The cells that have all of these values."""
     return [cell for cell in cells if all(cell[key] == value for key, value in wanted.items())]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.compare_cells import OWN, Cell, read_cells, select
+from experiments.compare_cells import OWN, Cell, read_cells, select, with_setting_of
 from experiments.components import network_plan, network_uses
 from ltp_jax import models
 from ltp_jax.target import planned_density
@@ -31,13 +31,12 @@ SIDE_BY_SIDE = (*OWN, "gmp_global", "str")
 """The methods whose densities are shown layer by layer."""
 
 
-def write(folder: Path, docs: Path) -> list[Path]:
-    """Writes the table to the folder and the pictures to the documentation, as far as there is something to show.
+def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
+    """Writes the table of runs to their folder and their pictures to the documentation, as far as there are any.
 
     Returns:
       The files.
     """
-    cells = read_compared(folder)
     for directory in (folder, docs):
         directory.mkdir(parents=True, exist_ok=True)
     table = folder / "table.md"
@@ -58,7 +57,7 @@ def read_compared(folder: Path) -> list[Cell]:
     """The runs of a folder, and of those beside it of methods with the setting of another, whose names say of which."""
     cells = read_cells(folder)
     for origin in filter(None, SETTINGS):
-        for cell in read_cells(folder.parent / f"setting_of_{origin}_{folder.name}"):
+        for cell in read_cells(with_setting_of(origin, folder)):
             cells.append(cell if cell["method"] == origin else cell | {"method": f"{cell['method']}@{origin}"})
     return cells
 

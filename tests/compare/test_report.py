@@ -89,7 +89,9 @@ def test_report_has_the_runs_with_the_setting_of_another_method(tmp_path):
     }.items():
         for i, row in enumerate(rows):
             write_json(tmp_path / name / f"{i}.json", row)
-    table, *_ = compare_report.write(tmp_path / "data_net", tmp_path / "docs")
+    table, *_ = compare_report.write(
+        compare_report.read_compared(tmp_path / "data_net"), tmp_path / "data_net", tmp_path / "docs"
+    )
     lines = table.read_text().splitlines()
     assert "| gradual magnitude, global | 89.00 (1) | 87.00 (1) |" in lines
     assert "| LTP with a leak (setting of LTP) | – | 88.50 (1) |" in lines
@@ -146,7 +148,7 @@ def test_pictures_of_what_is_there(tmp_path, methods, pictures):
     for i, row in enumerate(rows):
         if row["method"] in methods:
             write_json(folder / f"{i}.json", row)
-    table, *drawn = compare_report.write(folder, tmp_path / "docs")
+    table, *drawn = compare_report.write(compare_report.read_compared(folder), folder, tmp_path / "docs")
     assert "Dense network that all start from" in table.read_text()
     assert len(drawn) == pictures
     for path in drawn:
