@@ -42,10 +42,11 @@ def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
     table = folder / "table.md"
     table.write_text(markdown(cells))
     pruned = [cell for cell in cells if cell["compression"] is not None]
+    own_settings = select(pruned, origin="")
     pictures = {
         docs / f"compare_{folder.name}.png": (draw_accuracy, pruned),
-        docs / f"density_{folder.name}.png": (draw_densities, [c for c in pruned if c["method"] in SIDE_BY_SIDE]),
-        docs / f"plan_{folder.name}.png": (draw_plan, [c for c in pruned if c["method"] in OWN]),
+        docs / f"density_{folder.name}.png": (draw_densities, [c for c in own_settings if c["method"] in SIDE_BY_SIDE]),
+        docs / f"plan_{folder.name}.png": (draw_plan, [c for c in own_settings if c["method"] in OWN]),
     }
     drawn = {path: (draw, shown) for path, (draw, shown) in pictures.items() if shown}
     for path, (draw, shown) in drawn.items():
@@ -54,23 +55,20 @@ def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
 
 
 def read_compared(folder: Path) -> list[Cell]:
-    """The runs of a folder, and of those beside it of methods with the setting of another, whose names say of which."""
-    cells = read_cells(folder)
-    for origin in filter(None, SETTINGS):
-        for cell in read_cells(with_setting_of(origin, folder)):
-            cells.append(cell if cell["method"] == origin else cell | {"method": f"{cell['method']}@{origin}"})
-    return cells
+    """The runs of a folder and of those beside it of methods with the setting of another, the ``origin`` of each told.
+
+    It is empty where a method runs with its own setting.
+    """
+    return [
+        cell | {"origin": "" if cell["method"] == origin else origin}
+        for origin in SETTINGS
+        for cell in read_cells(with_setting_of(origin, folder) if origin else folder)
+    ]
 
 
-def variants(*methods: str) -> list[str]:
-    """The names of methods, each with a setting of its own and with those of others."""
-    return [f"{method}@{origin}" if origin else method for method in methods for origin in SETTINGS]
-
-
-def label(method: str) -> str:
-    """What tables and pictures call it."""
-    name, _, origin = method.partition("@")
-    return LABELS.get(name, "dense") + SETTINGS[origin]
+def label(method: str, origin: str = "") -> str:
+    """What tables and pictures call a method, with its own setting or that of another."""
+    return LABELS.get(method, "dense") + SETTINGS[origin]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -126,9 +124,9 @@ def markdown(cells: Sequence[Cell]) -> str:
 def unpruned_rows(cells: Sequence[Cell], figure: str, words: str) -> list[str]:
     """A line for each setting with which the control has run."""
     return [
-        f"{words}{SETTINGS[method.partition('@')[2]]}: {spread([cell[figure] for cell in found])}."
-        for method in variants("dense")
-        if (found := select(cells, method=method))
+        f"{words}{whose}: {spread([cell[figure] for cell in found])}."
+        for origin, whose in SETTINGS.items()
+        if (found := select(cells, method="dense", origin=origin))
     ]
 
 
@@ -139,10 +137,10 @@ def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
         "| method | " + " | ".join(f"{c:g}×" for c in wanted) + " |",
         "|---|" + "---|" * len(wanted),
     ]
-    for method in variants(*LABELS):
+    for method, origin in itertools.product(LABELS, SETTINGS):
         row = []
         for compression in wanted:
-            found = select(cells, method=method, compression=compression)
+            found = select(cells, method=method, origin=origin, compression=compression)
             if not found:
                 row.append("–")
                 continue
@@ -152,22 +150,22 @@ def accuracy_rows(cells: Sequence[Cell], figure: str) -> list[str]:
                 text += f" at {min(achieved):.1f}–{max(achieved):.1f}×"
             row.append(text)
         if any(text != "–" for text in row):
-            lines.append(f"| {label(method)} | " + " | ".join(row) + " |")
-    for own, rival in itertools.product(variants(*OWN), ("gmp_global", "str")):
+            lines.append(f"| {label(method, origin)} | " + " | ".join(row) + " |")
+    for own, origin, rival in itertools.product(OWN, SETTINGS, ("gmp_global", "str")):
         row = []
         for compression in wanted:
             ours, theirs = (
                 {
                     cell["seed"]: cell[figure]
-                    for cell in select(cells, method=method, compression=compression)
+                    for cell in select(cells, method=method, origin=whose, compression=compression)
                     if near(cell)
                 }
-                for method in (own, rival)
+                for method, whose in ((own, origin), (rival, ""))
             )
             differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             row.append(counted_spread(differences) if differences else "–")
         if any(text != "–" for text in row):
-            lines.append(f"| {label(own)} less {label(rival)}, seed by seed | " + " | ".join(row) + " |")
+            lines.append(f"| {label(own, origin)} less {label(rival)}, seed by seed | " + " | ".join(row) + " |")
     return lines
 
 
@@ -206,18 +204,18 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     # The best methods fill the picture; others may leave it where they fail, and their labels say how far.
     best = [cell["top1"] for cell in cells if cell["method"] in (*OWN, "gmp_global")] or [c["top1"] for c in cells]
     lowest = min(*best, dense) - 0.6
-    for method in variants(*LABELS):
-        groups = [found for c in compressions(cells) if (found := select(cells, method=method, compression=c))]
+    for method, origin in itertools.product(LABELS, SETTINGS):
+        same = select(cells, method=method, origin=origin)
+        groups = [select(same, compression=compression) for compression in compressions(same)]
         if groups:
-            name, _, origin = method.partition("@")
             means = [statistics.fmean([cell["top1"] for cell in group]) for group in groups]
             lost = [f"{m:.1f} % at {g[0]['compression']:g}×" for g, m in zip(groups, means, strict=True) if m < lowest]
             axes.errorbar(
                 [statistics.geometric_mean([cell["achieved"] for cell in group]) for group in groups],
                 means,
                 yerr=[statistics.stdev([c["top1"] for c in group]) if len(group) > 1 else 0 for group in groups],
-                label=f"{label(method)} ({', '.join(lost)})" if lost else label(method),
-                color=COLOURS[name],
+                label=label(method, origin) + (f" ({', '.join(lost)})" if lost else ""),
+                color=COLOURS[method],
                 linestyle=DASHES[origin],
                 marker="o",
                 capsize=3,

@@ -19,6 +19,7 @@ def cell(method, compression, seed, top1, achieved):
         "network": "resnet20",
         "dataset": "data",
         "method": method,
+        "origin": "",
         "compression": compression,
         "seed": seed,
         "top1": top1,
