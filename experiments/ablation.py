@@ -25,7 +25,14 @@ from experiments.components import kernel_decay, weights_optimizer
 from experiments.config import TrainConfig
 from experiments.ending import run_command
 from experiments.harness import Harness, Network, Run, hold_out, what_is_left
-from experiments.options import ConfigError, read_options, require_checkpoint_path, require_local, require_seeds
+from experiments.options import (
+    ConfigError,
+    read_options,
+    require_checkpoint_path,
+    require_local,
+    require_seeds,
+    require_writable,
+)
 from experiments.record import write_json
 from ltp_jax.pruner import Pruner
 
@@ -51,7 +58,7 @@ class AblationConfig:
     """Which variants; all of them if nothing is said."""
     seeds: tuple[int, ...] = (0,)
     """Of the dense network and the order of the data."""
-    data_dir: str | None = None
+    data_dir: Path | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     workdir: Path = Path("runs/compare")
     """Where dense networks are kept; that of the comparison."""
@@ -201,6 +208,7 @@ def main() -> None:
     def is_there(path: Path) -> bool:
         return path.exists() and len(read_cell(path, FIELDS)["epochs"]) == EPOCHS
 
+    require_writable("--results", config.results / "table.md")
     setup = NETWORKS[ARCH]
     harness = Harness(hold_out(setup.load(config.data_dir), HELD_OUT), ARCH, config.workdir, setup.pretrain)
     for variant in config.variants or VARIANTS:

@@ -43,6 +43,7 @@ from experiments.options import (
     require_compressions,
     require_local,
     require_seeds,
+    require_writable,
 )
 from experiments.record import write_json
 
@@ -52,6 +53,9 @@ OF_SOME_COMMANDS = {
     "seeds": ("run",),
     "tuning_seeds": ("tune", "run"),
     "setting_of": ("run",),
+    "data_dir": ("tune", "run"),
+    "workdir": ("tune", "run"),
+    "pictures": ("report",),
 }
 """The options that not all commands heed: a report shows all runs that are there."""
 
@@ -83,7 +87,7 @@ class CompareConfig:
     epochs: int | None = None
     """Epochs with the method, in a comparison and with a tuning of their own, which --setting-of does without: its
     setting is that of the network's own epochs, which are those if nothing is said."""
-    data_dir: str | None = None
+    data_dir: Path | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     workdir: Path = Path("runs/compare")
     """Where dense networks are kept."""
@@ -279,7 +283,7 @@ def grid(config: CompareConfig, harness: Harness) -> None:
             cells = [(runs / f"{name}_{seed}.json", seed) for seed in config.seeds]
             if method == "str":
                 # Seeds that are added later have the decay of those that are there.
-                there = (int(path.stem.rpartition("_")[2]) for path in runs.glob(f"{name}_*.json"))
+                there = (read_cell(path)["seed"] for path in runs.glob(f"{name}_*.json"))
                 first = min(there, default=config.seeds[0])
                 path = runs / f"{name}_{first}.json"
                 trial = search_decay(harness, train, path, first, compression, trial, tuned)
@@ -340,6 +344,7 @@ def main() -> None:
             (held_out / "table.md").write_text(compare_report.tuning_markdown(tuned))
             print(held_out / "table.md")
         return
+    require_writable("--results", folder(config, held_out=config.command == "tune") / "table.md")
     dataset = setup.load(config.data_dir)
     if config.augment:
         dataset = augmented(dataset)

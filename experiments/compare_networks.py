@@ -6,6 +6,7 @@ from typing import NamedTuple
 from experiments.config import TrainConfig
 from experiments.data.in_memory import InMemoryDataset
 from experiments.data.tfds_in_memory import cifar10, fashion_mnist
+from experiments.data.tfds_source import DataDir
 
 HELD_OUT = 10_000  # training images that settings are judged on
 
@@ -21,7 +22,7 @@ class Setup(NamedTuple):
       tuning_compressions: those that settings are judged at, by the mean over them.
     """
 
-    load: Callable[[str | None], InMemoryDataset]
+    load: Callable[[DataDir], InMemoryDataset]
     pretrain: TrainConfig
     train: TrainConfig
     compressions: tuple[float, ...] = (8, 16, 32, 64, 128)

@@ -211,7 +211,7 @@ class Config:
     """The network."""
     workdir: Path
     """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt."""
-    data_dir: str | None = None
+    data_dir: Path | None = None
     """Where TFDS finds its datasets; its own default if nothing is said."""
     dense: Path | None = None
     """A trained dense network to prune: the dense/ of another run. Trained here first if nothing is said."""

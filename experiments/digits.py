@@ -11,6 +11,7 @@ from experiments.config import Config, LtpConfig, TrainConfig, parse
 from experiments.data.digits import digits
 from experiments.distributed import initialize
 from experiments.ending import run_command
+from experiments.options import ConfigError
 from experiments.run import run
 from ltp_jax import models
 
@@ -24,6 +25,11 @@ class DigitsConfig(Config):
     pretrain: TrainConfig = TrainConfig(epochs=20, batch_size=64, learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4)
     train: TrainConfig = TrainConfig(epochs=30, batch_size=64, learning_rate=0.05, warmup_epochs=1)
     ltp: LtpConfig = LtpConfig(target_compression=16.0)
+
+    def check(self) -> None:
+        super().check()
+        if self.data_dir is not None:
+            raise ConfigError("--data-dir would do nothing: the digits come with scikit-learn")
 
 
 def main() -> None:

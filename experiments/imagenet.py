@@ -17,7 +17,7 @@ from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize, sharers_of_cores
 from experiments.ending import run_command
 from experiments.imagenet_config import IMAGENET_TRAIN_SIZE, PRESETS, ImagenetConfig
-from experiments.imagenet_weights import dense_settings, read_weights, start_from, weight_settings
+from experiments.imagenet_weights import dense_settings, planned_settings, read_weights, start_from
 from experiments.run import run, trains_dense
 from ltp_jax import models
 from ltp_jax.pretrained import WeightSettings
@@ -47,7 +47,7 @@ def dry_run_counts(config: ImagenetConfig) -> tuple[int, int, str | None]:
 def main() -> None:
     config = parse(PRESETS, "Learned Threshold Pruning on ImageNet or any image-classification dataset of TFDS.")
     if config.dry_run:
-        settings = weight_settings(config)
+        settings = planned_settings(config)
         train_size, num_classes, note = dry_run_counts(config)
         new_head = num_classes != models.spec(config.arch).num_classes
         to_train = trains_dense(config, trained=not (config.train.from_scratch or new_head))

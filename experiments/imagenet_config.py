@@ -99,6 +99,8 @@ class ImagenetConfig(Config):
         require_local(self, "pretrained")
         if self.topology is not None and not self.dry_run:
             raise ConfigError("--topology compiles for a TPU that is not here; it goes with --dry-run")
+        if self.dry_run_timeout != COMPILE_TIMEOUT and self.topology is None:
+            raise ConfigError("--dry-run-timeout is that of a compilation; it goes with --topology")
         smallest = max(32, models.spec(self.arch).min_size)
         if self.image_size is not None and self.image_size < smallest:
             raise ConfigError(f"--image-size is {self.image_size}; accepted is at least {smallest} for {self.arch}")

@@ -26,11 +26,22 @@ def weight_settings(config: ImagenetConfig) -> WeightSettings:
       ConfigError: if no published weights of the network have that origin.
     """
     rows = pretrained.settings(config.arch)
-    for row in rows:
-        if config.origin is None or row.origin == config.origin:
-            return row
-    origins = ", ".join(row.origin for row in rows)
-    raise ConfigError(f"--origin is {config.origin}; accepted for {config.arch} are {origins}")
+    named = [row for row in rows if config.origin is None or row.origin == config.origin]
+    if not named:
+        origins = ", ".join(row.origin for row in rows)
+        raise ConfigError(f"--origin is {config.origin}; accepted for {config.arch} are {origins}")
+    return named[0] if config.pretrained is None else pretrained.likeliest(named, config.pretrained)
+
+
+def planned_settings(config: ImagenetConfig) -> WeightSettings:
+    """The settings of a dry run, which needs no weights, but looks at them where they are.
+
+    Raises:
+      ConfigError: if the run itself would be refused for them.
+    """
+    if config.pretrained is not None and config.pretrained.exists():
+        return read_weights(config.pretrained, config).settings
+    return dense_settings(config)
 
 
 def dense_settings(config: ImagenetConfig) -> WeightSettings:

@@ -99,8 +99,10 @@ def read_options(kind: type[T], *, prog: str, args: Sequence[str] | None = None,
       SystemExit: after ``--help``, or an unknown option or value, with the accepted ones on stderr.
     """
     args = sys.argv[1:] if args is None else args
-    if empty := [word for word in args if word.startswith("--") and word.endswith("=")]:
-        raise ConfigError(f"{empty[0]} has no value")  # as of a variable of the shell that is not set
+    # As of a variable of the shell that is not set, behind "=" or as a word of its own.
+    for before, word in zip(("", *args), args, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise ConfigError(f"{word or before or 'the first word'} has no value")
     options: Any = tyro.cli(kind, prog=prog, args=args, **settings)
     try:
         # Not every shell does this behind the "=" of an option.

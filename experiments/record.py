@@ -66,6 +66,8 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
         free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
         if weights and old.get("weights") == weights:
             free.add("pretrained")
+        if config.dense is not None:
+            free.update(f"pretrain.{name}" for name in new["pretrain"])
         changed = [
             f"--{key.replace('_', '-')} {how}"
             for key, how in differences(_flat(old), _flat(new)).items()
@@ -78,8 +80,9 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
                 f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
                 "Choose another --workdir, or the same options to go on with that run"
             )
-    elif _of_somebody_else(path):
-        raise ConfigError(f"{path} is there already, and not of a run; choose another --workdir")
+    elif config.own_dense.is_file() or _of_somebody_else(path):
+        taken = config.own_dense if config.own_dense.is_file() else path
+        raise ConfigError(f"{taken} is there already, and not of a run; choose another --workdir")
     if write:
         write_json(path, new)
 
@@ -91,11 +94,11 @@ def _was_begun(config: Config) -> bool:
 
 
 def _of_somebody_else(path: Path) -> bool:
-    """Whether a file is JSON, but not the record of a run."""
+    """Whether something is JSON, but not the record of a run, or a folder."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
+        return path.is_dir()
     return not (isinstance(found, dict) and {"arch", "ltp"} <= found.keys())
 
 
@@ -116,9 +119,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, and the folder it lies in; the file is there as a whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same one
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Trainer:
         """Top-1 and top-5 in percent and mean loss of each of the parameters over the held-out images, read once.
 
         Raises:
-          RunError: if a loss is no number.
+          RunError: if a loss is no number, or there is none since no image could be read.
         """
         devices = jax.device_count()
         batch_size = math.ceil(min(self.config.train.batch_size * 2, self.dataset.eval_size) / devices) * devices
@@ -151,13 +151,19 @@ class Trainer:
             images = global_batch(batch, self.mesh)
             counts = [self._eval_step(params, batch_stats, images) for params in networks]
             sums = counts if sums is None else jax.tree.map(jnp.add, sums, counts)
+        sums = jax.device_get(sums)
+        if not sums[0]["examples"]:
+            raise RunError(
+                f"none of the held-out images of {self.dataset.name} can be read. What was saved before is whole: "
+                "prepare the dataset again, and the same command goes on from there"
+            )
         figures = [
             {
                 "top1": 100 * float(counts["top1"]) / float(counts["examples"]),
                 "top5": 100 * float(counts["top5"]) / float(counts["examples"]),
                 "loss": float(counts["loss"]) / float(counts["examples"]),
             }
-            for counts in jax.device_get(sums)
+            for counts in sums
         ]
         for network in figures:
             if not math.isfinite(network["loss"]):

@@ -43,13 +43,16 @@ def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
       batch_stats: the batch statistics.
 
     Raises:
-      TrailError: if the directory holds anything else, cannot be written, or the network cannot be kept.
+      TrailError: if there is a file, or the directory holds anything else, or cannot be written, or the network
+        cannot be kept.
     """
     path = checkpoint_path(path)
     if path.is_dir() and any(path.iterdir()) and not holds_network(path):
         raise TrailError(
             f"{path} holds other things than a network, which would be lost; name a directory for it alone"
         )
+    if path.exists() and not path.is_dir():
+        raise TrailError(f"{path} is a file, which would be lost; name a directory for the network alone")
     network = plain_network(params, batch_stats)
     with writing(path), ocp.StandardCheckpointer(async_options=_directories_first()) as checkpointer:
         checkpointer.save(path, network, force=True)

@@ -41,28 +41,38 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     uses: dict[str, float] = {}
     batch = inputs.shape[0]
     outermost, root = None, None
-    running: set[tuple[str, ...]] = set()
+    running: list[tuple[str, ...]] = []
+    calls: dict[str, int] = {}
+    kinds: dict[str, type] = {}
 
     def watch(next_method, args, method_kwargs, context):
         nonlocal root
         module = context.module
+        if module.scope is None:  # of no network: it has no weights
+            return next_method(*args, **method_kwargs)
         at_top = get_opaque_trace_state(convention="flax") == outermost
         if root is None:
             root = module.scope.root
         if at_top and module.scope.root is not root:  # another network, such as a teacher, with paths of its own
             return next_method(*args, **method_kwargs)
-        # What a module calls of its own, such as the ``__call__`` that it extends, is part of one use of its weights.
-        if context.method_name == "setup" or module.path in running:
+        # Other methods that a module calls of its own are part of its call.
+        called = context.method_name == "__call__"
+        if context.method_name == "setup" or (module.path in running and not called):
             return next_method(*args, **method_kwargs)
-        running.add(module.path)
+        path = "/".join((*module.path, "kernel"))
+        before = calls.get(path, 0)
+        running.append(module.path)
         output = next_method(*args, **method_kwargs)
-        running.remove(module.path)
-        if module.has_variable("params", "kernel"):
+        running.pop()
+        # The weights are used in the innermost call: one that extends another, or shares its scope, may make it twice,
+        # or pool what comes of it.
+        if module.has_variable("params", "kernel") and not (called and calls.get(path, 0) > before):
+            calls[path] = calls.get(path, 0) + 1
             kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-            path = "/".join((*module.path, "kernel"))
             # A module that is called several times uses its weights as often; how often a transform calls it is not
-            # known here. One call that cannot be counted leaves the sum unknown.
-            known = context.method_name == "__call__" and at_top
+            # known here, nor which of several modules of one scope. One call that cannot be counted leaves the sum
+            # unknown.
+            known = called and at_top and kinds.setdefault(path, type(module)) is type(module)
             given = next(iter((*args, *method_kwargs.values())), None)
             positions = _positions(module, kernel, given, output) if known else math.nan
             uses[path] = uses.get(path, 0) + positions / batch
@@ -97,6 +107,6 @@ def _positions(module: nn.Module, kernel: jax.Array, given: Any, output: Any) ->
         return math.nan
     if not isinstance(output, jax.Array) or output.ndim < 2 or output.shape[-1] != kernel.shape[-1]:
         return math.nan
-    if kernel.ndim == 2 and np.shape(given)[:-1] != output.shape[:-1]:
+    if kernel.ndim == 2 and getattr(given, "shape", ())[:-1] != output.shape[:-1]:
         return math.nan  # it may have pooled what came out of the product
     return math.prod(output.shape[:-1]) if kernel.ndim in (2, output.ndim) else math.nan

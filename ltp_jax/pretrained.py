@@ -25,7 +25,7 @@ from ltp_jax.models.torch_names import torch_names
 from ltp_jax.models.weights import WEIGHTS, WeightSettings, settings
 from ltp_jax.trees import named_leaves
 
-__all__ = ["PretrainedError", "WeightSettings", "alternatives", "load", "settings"]
+__all__ = ["PretrainedError", "WeightSettings", "alternatives", "likeliest", "load", "settings"]
 
 Variables = dict[str, Any]
 Shape = tuple[int, ...]
@@ -105,6 +105,11 @@ def alternatives(path: str | os.PathLike[str], chosen: WeightSettings) -> tuple[
     )
 
 
+def likeliest(candidates: Sequence[WeightSettings], path: str | os.PathLike[str]) -> WeightSettings:
+    """Of settings, those whose digest is in the name of a file; the first where there are none such."""
+    return next((row for row in candidates if _is_named(row, os.path.basename(path))), candidates[0])
+
+
 def _is_named(row: WeightSettings, file_name: str) -> bool:
     return row.digest is not None and row.digest in file_name
 
@@ -133,8 +138,7 @@ def _choose(
             f"no tensor has a name that {' or '.join(overlaps)} gives to {network}"
             + (f"; the file has {example!r}" if example else "; the file has no tensors")
         )
-    rows = [row for row in candidates if overlaps[row.naming] == best]
-    return next((row for row in rows if _is_named(row, file_name)), rows[0])
+    return likeliest([row for row in candidates if overlaps[row.naming] == best], file_name)
 
 
 def _convert(tensors: StateDict, template: Mapping[str, Shape], names: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,20 +16,14 @@ from ltp_jax.transform import Scalars
 from ltp_jax.trees import Params, map_selected, named_leaves
 
 
-class MethodState(Protocol):
-    """The state of a pruning method: any pytree with ``thresholds``, the part that the loss is differentiated by."""
-
-    @property
-    def thresholds(self) -> Scalars: ...
-
-
 class Pruner(NamedTuple):
     """A pruning method as pure functions, all of which can be traced.
 
     ``step`` counts the updates from 0, whatever was trained before: schedules and plans go by it.
 
     Attributes:
-      init: ``params -> state``, for trained parameters.
+      init: ``params -> state``, for trained parameters: any pytree with ``thresholds``, the part that the loss is
+        differentiated by.
       soften: ``(params, thresholds, state, step) -> (pruned, penalty)``: the parameters that the network trains with
         and a scalar that is added to its loss. Differentiated in ``params`` and ``thresholds``.
       update: ``(grads, old_params, params, state, step) -> (params, state)``: called with the loss's gradients with

@@ -127,7 +127,7 @@ def target_density(
 
     Raises:
       ValueError: if the density, the leak, the steps or the costs are out of range, the plan prunes nothing, or the
-        target is below one weight for each tensor; from ``init``, as ``ltp_jax.init``, and if a tensor is not float32,
+        target is below one weight for each layer; from ``init``, as ``ltp_jax.init``, and if a tensor is not float32,
         whose weights are too often of exactly one size for a target to be met.
     """
     sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}

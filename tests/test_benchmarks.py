@@ -10,8 +10,9 @@ import jax
 import pytest
 import tyro
 
-from experiments.ahead_of_time import Figures
+from experiments.ahead_of_time import CompileError, Figures
 from experiments.benchmarks import input_pipeline, lean_step, rows, seeds, targets
+from experiments.ending import RunError
 from experiments.options import ConfigError
 from ltp_jax.trail import Entry
 
@@ -37,7 +38,7 @@ from ltp_jax.trail import Entry
         (targets, ["--steps=9"], "^--steps is 9; accepted is at least 10"),
         (targets, ["--batch-size=65"], "^--batch-size is 65; accepted is 1 to 64"),
         (seeds, ["--workdir=gs://bucket"], "^--workdir: gs:/bucket is no path of a file system; accepted"),
-        (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs://bucket; accepted is a path of this machine"),
+        (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs:/bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
         (seeds, ["--seeds", "1", "2", "1"], "^--seeds has one of them twice; accepted is each once"),
         (seeds, ["--out=/"], "^--out is /, which cannot be written: Is a directory"),
@@ -103,6 +104,34 @@ def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
         lean_step.run_compile(lean_step.Compile(arch=("digits",), methods=methods, out=tmp_path / "compile.json"))
     assert compiled == [None, lean_step.METHODS["target"]]
     assert [row["method"] for row in json.loads((tmp_path / "compile.json").read_text())] == ["dense", "target"]
+
+
+def test_steps_that_are_not_compiled_are_an_error_after_the_others(tmp_path, monkeypatch, capsys):
+    def compile_step(step, timeout):
+        if step.ltp is None:
+            raise CompileError("no memory")
+        return Figures(flops=1.0, bytes_accessed=1.0, peak_bytes=1, collectives={}, compile_seconds=1.0)
+
+    monkeypatch.setattr(lean_step, "compile_step", compile_step)
+    options = lean_step.Compile(arch=("digits",), methods=("dense", "target"), out=tmp_path / "compile.json")
+    with pytest.raises(RunError, match=r"^1 of 2 steps were not compiled, as said above$"):
+        lean_step.run_compile(options)
+    assert "digits dense: no memory" in capsys.readouterr().out
+    assert [row["method"] for row in json.loads(options.out.read_text())] == ["target"]
+
+
+def test_table_of_compiled_steps_has_ratios_to_the_dense_step_of_the_same_kind():
+    row = {"arch": "digits", "topology": "v5e:4x4", "images_per_chip": 256, "collectives": {"all-reduce": {"count": 3}}}
+    dense = row | {"method": "dense", "flops": 2e9, "bytes_accessed": 4e9, "peak_bytes": 1e9}
+    target = row | {"method": "target", "flops": 3e9, "bytes_accessed": 5e9, "peak_bytes": 1e9}
+    _, _, *told = lean_step.compile_table([dense, target]).splitlines()
+    assert told == [
+        "| digits | dense | 2.00 | 4.00 | 1.00 | 3 |",
+        "| digits | target | 3.00 (1.5000) | 5.00 (1.2500) | 1.00 (1.0000) | 3 |",
+    ]
+    for others in ([], [dense | {"images_per_chip": 128}]):
+        *_, last = lean_step.compile_table([*others, target]).splitlines()
+        assert last == "| digits | target | 3.00 | 5.00 | 1.00 | 3 |"
 
 
 def test_targets_are_met_and_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):

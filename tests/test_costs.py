@@ -135,15 +135,83 @@ def test_a_module_that_pools_what_came_out_of_its_kernel_is_not_counted():
         def __call__(self, x, train):
             return (x @ self.param("kernel", nn.initializers.ones, (3, 4))).mean(1)
 
-    class PooledDense(nn.Dense):
+    plan, images = plan_of(Pooled(), (2, 10, 3))
+    with pytest.raises(ValueError, match="the uses of kernel are not known"):
+        uses_per_input(Pooled(), images, plan, train=False)
+
+
+class Twice(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        return super().__call__(inputs) + super().__call__(-inputs)
+
+
+class PooledConv(nn.Conv):
+    @nn.compact
+    def __call__(self, inputs):
+        return nn.avg_pool(super().__call__(inputs), (2, 2), (2, 2))
+
+
+class PooledGeneral(nn.DenseGeneral):
+    @nn.compact
+    def __call__(self, inputs):
+        return super().__call__(inputs).mean(1)
+
+
+class Siamese(nn.Module):
+    base: nn.Module
+    other: nn.Module | None = None
+
+    def setup(self):
+        nn.share_scope(self, self.base)
+        if self.other is not None:
+            nn.share_scope(self, self.other)
+
+    def __call__(self, x):
+        y = self.base(x) + self.base(x[:, ::-1])
+        return y if self.other is None else self.other(y)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "uses"),
+    [
+        (Twice(3), (4, 5, 6), 10),
+        (PooledConv(4, (3, 3)), (2, 8, 8, 3), 64),
+        (PooledGeneral(4), (4, 5, 6), 5),
+        (Siamese(nn.Dense(3)), (4, 5, 6), 10),
+        (
+            Siamese(nn.Dense(3), nn.LayerNorm(use_bias=False)),
+            (4, 5, 6),
+            None,
+        ),  # which of the two has the kernel is not known
+    ],
+)
+def test_weights_are_used_where_the_innermost_call_is(layer, shape, uses):
+    plan, images = plan_of(Inside(layer), shape)
+    if uses is None:
+        with pytest.raises(ValueError, match="kernel are not known"):
+            uses_per_input(Inside(layer), images, plan, train=False)
+    else:
+        assert list(uses_per_input(Inside(layer), images, plan, train=False).values()) == [uses]
+
+
+def test_a_module_of_several_inputs_is_refused_by_name():
+    class Fused(nn.Module):
+        @nn.compact
+        def __call__(self, pair):
+            x = jnp.concatenate(pair, -1)
+            return x @ self.param("kernel", nn.initializers.ones, (x.shape[-1], 8))
+
+    class Pair(nn.Module):
         @nn.compact
         def __call__(self, x, train):
-            return super().__call__(x).mean(1)
+            return nn.Dense(3, name="head")(Fused(name="fused")((x, 2 * x)))
 
-    for network in (Pooled(), PooledDense(4)):
-        plan, images = plan_of(network, (2, 10, 3))
-        with pytest.raises(ValueError, match="the uses of kernel are not known"):
-            uses_per_input(network, images, plan, train=False)
+    plan, images = plan_of(Pair(), (2, 5, 3))
+    with pytest.raises(ValueError, match="the uses of fused/kernel are not known"):
+        uses_per_input(Pair(), images, plan, train=False)
+    plan = ltp.plan({"head": {"kernel": jnp.zeros((8, 3))}})
+    assert uses_per_input(Pair(), images, plan, train=False) == {"head/kernel": 5}
 
 
 def test_a_tensor_whose_uses_cannot_be_counted_is_named():
@@ -226,7 +294,20 @@ def test_another_network_that_is_called_within_is_not_counted():
         def __call__(self, x, train):
             return nn.Dense(4)(teacher.clone(name="Dense_0").apply(frozen, x).mean(1))
 
-    for module in (Taught(), Collides()):
+    class Settings(nn.Module):
+        width: int = 4
+
+        def double(self):
+            return 2 * self.width
+
+    settings = Settings()
+
+    class Asks(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(settings.double())(x.mean(1))
+
+    for module in (Taught(), Collides(), Asks()):
         plan, images = plan_of(module, (2, 7, 8))
         assert set(uses_per_input(module, images, plan, train=False).values()) == {1.0}
 

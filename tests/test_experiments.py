@@ -439,6 +439,10 @@ def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
         record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **idle)))
         with pytest.raises(ConfigError, match=f"--ltp.{next(iter(used))} was"):
             record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)))
+    taken = tiny(tmp_path, dense=Path("/other/dense"))
+    (tmp_path / "trail" / "0").mkdir(parents=True)
+    write_json(tmp_path / "config.json", to_json(taken))
+    record(dataclasses.replace(taken, pretrain=TrainConfig(epochs=9, batch_size=128, learning_rate=0.1)))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", None])
@@ -470,6 +474,17 @@ def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, text):
     with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
         record(tiny(tmp_path))
     assert (tmp_path / "config.json").read_text() == text
+
+
+def test_what_is_where_a_run_would_write_stays_as_it_is(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "dense").write_text("mine")
+    with pytest.raises(ConfigError, match=r"dense is there already, and not of a run; choose another --workdir"):
+        start(tiny(tmp_path / "a"))
+    assert (tmp_path / "a" / "dense").read_text() == "mine"
+    (tmp_path / "b" / "config.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
+        record(tiny(tmp_path / "b"))
 
 
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):
@@ -505,6 +520,17 @@ def test_published_weights_that_cannot_be_pruned_are_not_kept(finished, tmp_path
     with pytest.raises(Interrupted):
         start(tiny(tmp_path, seed=1), Interrupting(digits(), 96, 0), begin._replace(network=lambda: network))
     assert Trail(tmp_path).epochs == (0,)
+
+
+def test_held_out_images_that_cannot_be_read_are_one_message(tmp_path):
+    class Broken(Counting):
+        def evaluate(self, batch_size, **options):
+            for batch in super().evaluate(batch_size, **options):
+                yield {**batch, "mask": np.zeros_like(batch["mask"])}
+
+    with pytest.raises(RunError, match=r"none of the held-out images of digits can be read. What was saved before"):
+        start(tiny(tmp_path, pretrain=TrainConfig(epochs=1, batch_size=128, learning_rate=0.1)), Broken(digits()))
+    assert restore_network(tmp_path / "dense")["params"]
 
 
 @pytest.mark.parametrize(("beyond", "told"), [(-1.1, True), (-0.9, False), (0.9, False), (1.1, True)])
@@ -559,9 +585,12 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(tmp_path, change
         (["--train.learning-rate", "-1"], "--train.learning-rate is -1.0; accepted is more than 0"),
         (["--seed", "-3"], "--seed is -3"),
         (["--seed=1", "--workdir="], "^--workdir= has no value"),
+        (["--seed=1", "--workdir", ""], "^--workdir has no value"),
+        (["", "--seed=1"], "^the first word has no value"),
+        (["--data-dir=/data"], "^--data-dir would do nothing: the digits come with scikit-learn"),
         (["--workdir", "gs://bucket/run"], "^--workdir: gs:/bucket/run is no path of a file system; accepted"),
         (["--dense=gs://bucket/dense"], "^--dense: gs:/bucket/dense is no path of a file system; accepted"),
-        (["--data-dir=s3://bucket"], "^--data-dir is s3://bucket; accepted is a path of this machine"),
+        (["--data-dir=s3://bucket"], "^--data-dir is s3:/bucket; accepted is a path of this machine"),
         (["--workdir=/a/[b]/c"], r"^--workdir: /a/\[b\]/c is a pattern to Orbax; accepted is a path without"),
         (["--dense=/a?"], r"^--dense: /a\? is a pattern to Orbax; accepted is a path without"),
         (["--workdir=~nobody-of-that-name/a"], "^a path that begins with ~ has no meaning here"),
@@ -615,8 +644,9 @@ def test_unknown_words_are_refused_with_the_accepted_ones(words, message, capsys
 
 def test_a_tilde_is_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/somebody")
-    config = parse(PRESETS, "", ["--workdir=~/run", "--dense=~/other/dense"])
-    assert (config.workdir, config.dense) == (Path("/home/of/somebody/run"), Path("/home/of/somebody/other/dense"))
+    config = parse(PRESETS, "", ["--workdir=~/run", "--dense=~/other/dense", "--data-dir=~/tfds"])
+    paths = (config.workdir, config.dense, config.data_dir)
+    assert paths == tuple(Path("/home/of/somebody") / path for path in ("run", "other/dense", "tfds"))
 
 
 def test_a_run_elsewhere_may_be_started_in_a_directory_that_looks_like_a_pattern(tmp_path, monkeypatch):

@@ -206,6 +206,28 @@ def test_dry_run_looks_at_the_training_of_the_dense_network_where_there_is_one(
     assert (tmp_path / "dry_run.json").exists() != trained
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["--pretrained=efficientnet_b4-7eb33cd5.safetensors"], 320),  # timm's, by the digest in its name
+        (["--pretrained=efficientnet_b4.safetensors"], 380),
+        (["--pretrained=efficientnet_b4.safetensors", "--origin=timm"], 320),
+        (["--dense={tmp_path}/dense"], 320),
+        (["--pretrained={tmp_path}/w.safetensors"], 320),  # by what is in it
+        ([], 380),
+    ],
+)
+def test_dry_run_is_of_the_images_that_the_weights_want(tmp_path, monkeypatch, command, words, size):
+    looked = []
+    monkeypatch.setattr(imagenet.dry_run, "report", lambda *args, image_size, **rest: looked.append(image_size))
+    (tmp_path / "config.json").write_text('{"origin": "timm"}')
+    (timm,) = (row for row in pretrained.settings("efficientnet_b4") if row.origin == "timm")
+    (tmp_path / "w.safetensors").touch()
+    monkeypatch.setattr(pretrained, "load", lambda *args, **options: ({}, timm))
+    command("--arch=efficientnet_b4", "--dry-run", *(word.format(tmp_path=tmp_path) for word in words))
+    assert looked == [size]
+
+
 def test_dry_run_says_that_counts_are_assumed(tmp_path):
     config = dataclasses.replace(imagenet_config.PRESETS["resnet50"], dataset="of_nobody", data_dir=str(tmp_path))
     images, classes, note = imagenet.dry_run_counts(config)
@@ -289,8 +311,15 @@ def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
         (["--pretrained=w", "--image-size=8"], "--image-size is 8; accepted is at least 32 for resnet50"),
         (["--dry-run", "--arch=alexnet", "--image-size=62"], "--image-size is 62; accepted is at least 63 for alexnet"),
         (["--pretrained=w", "--max-unreadable=-1"], "--max-unreadable is -1; accepted is 0 or more"),
-        (["--dry-run", "--dry-run-timeout=0"], "--dry-run-timeout is 0.0; accepted is more than 0"),
-        (["--dry-run", "--dry-run-timeout=inf"], "--dry-run-timeout is inf; accepted is more than 0, and finite"),
+        (
+            ["--dry-run", "--topology=v5e:4x4", "--dry-run-timeout=0"],
+            "--dry-run-timeout is 0.0; accepted is more than 0",
+        ),
+        (["--dry-run", "--dry-run-timeout=9"], "^--dry-run-timeout is that of a compilation; it goes with --topology$"),
+        (
+            ["--dry-run", "--topology=v5e:4x4", "--dry-run-timeout=inf"],
+            "--dry-run-timeout is inf; accepted is more than 0, and finite",
+        ),
         (["--pretrained=w", "--workers=-1"], "--workers is -1"),
         (["--pretrained=gs://bucket/w.pth"], "^--pretrained is gs:/bucket/w.pth; accepted is a path of this machine"),
         (

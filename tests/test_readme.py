@@ -35,9 +35,15 @@ def test_the_training_loop(tmp_path):
     kept = sum(np.count_nonzero(w) for path, w in ltp.named_leaves(names["hard"]) if path.endswith("kernel"))
     assert kept == (32 * 64 + 64 * 4) // 16
     trail = Trail(tmp_path, create=True)
-    exec(save, names | {"Entry": Entry, "trail": trail})
+    first = names["create_state"](
+        names["params"], names["batch_stats"], names["optimizer"], names["pruner"], jax.random.key(0)
+    )
+    for epoch, state in enumerate((first, names["state"])):
+        exec(save, names | {"Entry": Entry, "trail": trail, "epoch": epoch, "state": state})
     trail.close()
-    assert Trail(tmp_path).pick(min_compression=16).compression == (32 * 64 + 64 * 4) / kept
+    assert Trail(tmp_path).dense.compression == 1
+    for picked in (Trail(tmp_path).pick(min_compression=16), Trail(tmp_path).pick(max_top1_drop=1.0)):
+        assert picked.compression == (32 * 64 + 64 * 4) / kept
     exec(step, names)
     assert all(np.any(grad != 0) for grad in jax.tree.leaves(names["grads"]))
     assert all(grad != 0 for grad in names["threshold_grads"].values())

@@ -406,6 +406,8 @@ def test_a_network_replaces_a_network_and_nothing_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(TrailError, match="holds other things than a network, which would be lost"):
         save_network(tmp_path, PARAMS, {})
+    with pytest.raises(TrailError, match=r"thesis.tex is a file, which would be lost"):
+        save_network(tmp_path / "thesis.tex", PARAMS, {})
     assert (tmp_path / "thesis.tex").read_text() == "years"
     (tmp_path / "empty").mkdir()
     save_network(tmp_path / "empty", PARAMS, {})

@@ -46,7 +46,7 @@ LOADER = "this loader"
 class Options:
     """What to measure."""
 
-    data_dir: str | None = None
+    data_dir: Path | None = None
     """The TFDS data directory; TFDS's own default where nothing is said."""
     dataset: str = "clothing_small"
     """A TFDS image-classification dataset whose training images are JPEGs."""

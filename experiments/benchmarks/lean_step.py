@@ -27,7 +27,7 @@ from experiments.benchmarks.rows import PAPER, check_arch, read, write
 from experiments.chips import topology
 from experiments.config import LtpConfig, TrainConfig
 from experiments.data.photographs import usable_cores
-from experiments.ending import run_command
+from experiments.ending import RunError, run_command
 from experiments.imagenet_config import IMAGENET_TRAIN_SIZE
 from experiments.options import ConfigError, read_options, require, require_any, require_local, require_writable
 from ltp_jax import models
@@ -124,7 +124,8 @@ def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, 
 
 
 def run_compile(options: Compile) -> None:
-    """Compiles what is not in the results yet."""
+    """Compiles what is not in the results yet. Raises RunError at the end for what could not be compiled."""
+    failed = 0
     chips = topology(options.topology).chips
     for arch in options.arch:
         for method in options.methods:
@@ -150,24 +151,28 @@ def run_compile(options: Compile) -> None:
                 figures = dataclasses.asdict(compile_step(step, options.timeout))
             except CompileError as error:
                 print(f"{arch} {method}: {error}", flush=True)
+                failed += 1
                 continue
             rows = read(options.out, COMPILE_KEYS)  # another start of this benchmark may have added to it
             write(options.out, [*rows, row | {"image_size": size, "jax": jax.__version__} | figures])
             print(compile_table([r for r in read(options.out, COMPILE_KEYS) if r["arch"] == arch]), flush=True)
+    if failed:
+        raise RunError(f"{failed} of {len(options.arch) * len(options.methods)} steps were not compiled, as said above")
 
 
 def compile_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, with ratios to the dense step of the same network."""
+    """The rows as Markdown, with ratios to the dense step of the same network where there is one."""
     lines = [
         "| network | step | GFLOP | GB accessed | peak GB | collectives |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         keys = ("arch", "topology", "images_per_chip")
-        base = next((r for r in rows if r["method"] == "dense" and all(r[k] == row[k] for k in keys)), row)
+        dense = next((r for r in rows if r["method"] == "dense" and all(r[k] == row[k] for k in keys)), None)
+        base = None if row["method"] in ("dense", "beginning") else dense
 
         def cell(key: str, unit: float, row=row, base=base) -> str:
-            ratio = "" if row["method"] in ("dense", "beginning") else f" ({row[key] / base[key]:.4f})"
+            ratio = f" ({row[key] / base[key]:.4f})" if base else ""
             return f"{row[key] / unit:,.2f}{ratio}"
 
         count = sum(kind["count"] for kind in row["collectives"].values())
@@ -179,7 +184,7 @@ def compile_table(rows: Sequence[dict[str, Any]]) -> str:
 def run_time(options: Time) -> None:
     """Times steps in turns, so that whatever else the machine does falls on all of them."""
     size = options.image_size or models.spec(options.arch).input_size
-    earlier = read(options.out, TIME_KEYS)
+    read(options.out, TIME_KEYS)  # refused now, if it holds something else
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     running: dict[str, tuple[Any, Any, Any]] = {}
@@ -215,7 +220,7 @@ def run_time(options: Time) -> None:
             for method, times in seconds.items()
         },
     }
-    write(options.out, [*earlier, row])
+    write(options.out, [*read(options.out, TIME_KEYS), row])  # another start may have added to it
     for method in COMPARED:
         print(f"{options.arch} {method}: {row['median_seconds'][method]:.4f} s, ×{row['ratio_to_dense'][method]:.4f}")
 

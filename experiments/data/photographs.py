@@ -22,7 +22,7 @@ from experiments.data import geometry, order
 from experiments.data.dataset import Batch, DataError, Dataset
 from experiments.data.decoding import UnreadableImage
 from experiments.data.geometry import Interpolation
-from experiments.data.tfds_source import TfdsSplit, open_split
+from experiments.data.tfds_source import DataDir, TfdsSplit, open_split
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class PhotographDataset(Dataset):
 
 def photographs(
     name: str = "imagenet2012",
-    data_dir: str | None = None,
+    data_dir: DataDir = None,
     *,
     image_size: int = 224,
     crop_fraction: float = 0.875,

@@ -5,10 +5,10 @@ import numpy as np
 
 from experiments.data.dataset import DataError
 from experiments.data.in_memory import InMemoryDataset
-from experiments.data.tfds_source import open_split
+from experiments.data.tfds_source import DataDir, open_split
 
 
-def fashion_mnist(data_dir: str | None = None) -> InMemoryDataset:
+def fashion_mnist(data_dir: DataDir = None) -> InMemoryDataset:
     """Fashion-MNIST by TFDS: 28×28 grey, 60,000 to train on and 10,000 of the test split to evaluate on.
 
     Training images are not augmented.
@@ -22,7 +22,7 @@ def fashion_mnist(data_dir: str | None = None) -> InMemoryDataset:
     return _load("fashion_mnist", data_dir, mean=(72.94,), std=(90.02,), padding=0, flip=False)
 
 
-def cifar10(data_dir: str | None = None) -> InMemoryDataset:
+def cifar10(data_dir: DataDir = None) -> InMemoryDataset:
     """CIFAR-10 by TFDS: 32×32 RGB, 50,000 to train on and 10,000 of the test split to evaluate on.
 
     Training images are padded by 4 pixels, cropped at random and mirrored, as is usual for this dataset.
@@ -37,7 +37,7 @@ def cifar10(data_dir: str | None = None) -> InMemoryDataset:
 
 
 def _load(
-    name: str, data_dir: str | None, *, mean: tuple[float, ...], std: tuple[float, ...], padding: int, flip: bool
+    name: str, data_dir: DataDir, *, mean: tuple[float, ...], std: tuple[float, ...], padding: int, flip: bool
 ) -> InMemoryDataset:
     train_images, train_labels, num_classes = _decode_split(name, data_dir, "train")
     eval_images, eval_labels, _ = _decode_split(name, data_dir, "test")
@@ -59,7 +59,7 @@ def _load(
     )
 
 
-def _decode_split(name: str, data_dir: str | None, split: str) -> tuple[np.ndarray, np.ndarray, int]:
+def _decode_split(name: str, data_dir: DataDir, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     """All images and labels of a split, and the number of classes."""
     source = open_split(name, data_dir, split)
     height, width, channels = source.image_shape
@@ -74,7 +74,8 @@ def _decode_split(name: str, data_dir: str | None, split: str) -> tuple[np.ndarr
     for start in range(0, len(source), 4096):
         block = range(start, min(start + 4096, len(source)))
         for i, example in zip(block, source.read(block), strict=True):
-            image = cv2.imdecode(np.frombuffer(example.image, np.uint8), flag)
+            # OpenCV raises for no bytes at all, and for others that are no image has None.
+            image = cv2.imdecode(np.frombuffer(example.image, np.uint8), flag) if example.image else None
             if image is None or image.shape[:2] != (height, width):
                 raise DataError(f"Example {i} of {name}/{split} is not a readable {width}×{height} image.")
             images[i] = image.reshape(height, width, channels)

@@ -14,6 +14,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments.data.dataset import DataError
 
+DataDir = str | os.PathLike[str] | None
+"""The directory of TFDS's datasets; None is TFDS's own default."""
+
 # TFDS's own parser fits any nesting of features and takes longer for it than a small image takes to decode.
 _EXAMPLE: Any = tf_example_pb2.__dict__["Example"]
 
@@ -86,7 +89,7 @@ class TfdsSplit:
         return f"{self.split}[{index}]"
 
 
-def open_split(name: str, data_dir: str | None, split: str) -> TfdsSplit:
+def open_split(name: str, data_dir: DataDir, split: str) -> TfdsSplit:
     """Opens a split of a TFDS dataset in array_record format.
 
     Args:
@@ -117,7 +120,7 @@ def open_split(name: str, data_dir: str | None, split: str) -> TfdsSplit:
     )
 
 
-def _find(name: str, data_dir: str | None) -> Any:
+def _find(name: str, data_dir: DataDir) -> Any:
     """The builder of a dataset that is prepared; whether wholly so is not looked at."""
     folder = _folder(data_dir)
     try:
@@ -151,7 +154,7 @@ def _image_and_label(name: str, info: Any) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _check_complete(name: str, data_dir: str | None, builder: Any, files: Sequence[Any]) -> None:
+def _check_complete(name: str, data_dir: DataDir, builder: Any, files: Sequence[Any]) -> None:
     """Compares the files on disk with what the dataset's description says of them."""
 
     def examples(path: str) -> int:
@@ -179,11 +182,11 @@ def _check_complete(name: str, data_dir: str | None, builder: Any, files: Sequen
         )
 
 
-def _folder(data_dir: str | None) -> str:
-    return data_dir or os.fspath(DATA_DIR)
+def _folder(data_dir: DataDir) -> str:
+    return os.fspath(data_dir or DATA_DIR)
 
 
-def _how_to_prepare(name: str, data_dir: str | None) -> str:
+def _how_to_prepare(name: str, data_dir: DataDir) -> str:
     try:
         manual = tfds.builder_cls(re.split("[/:]", name)[0]).MANUAL_DOWNLOAD_INSTRUCTIONS
     except tfds.core.DatasetNotFoundError:
@@ -192,7 +195,7 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
     if manual:
         lines.append(f"TFDS cannot download all of it. Put the rest into {_folder(data_dir)}/downloads/manual:")
         lines.append(f"  {' '.join(manual.split())}")
-    where = f", data_dir={data_dir!r}" if data_dir else ""
+    where = f", data_dir={os.fspath(data_dir)!r}" if data_dir else ""
     lines.append("Prepare it once with these commands. Preparing takes TensorFlow, using it afterwards does not:")
     lines.append("  pip install tensorflow")
     lines.append(

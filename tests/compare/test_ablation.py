@@ -213,7 +213,7 @@ def test_a_run_and_its_report(small, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--data-dir", "gs://bucket"), "^--data-dir is gs://bucket; accepted is a path of this machine"),
+        (("--data-dir", "gs://bucket"), "^--data-dir is gs:/bucket; accepted is a path of this machine"),
         (("--seeds", "-1"), "--seeds has -1; accepted is 0 to 4294967295"),
         (("--seeds",), "--seeds is empty"),
         (("--variants", "target, T0 7"), "--variants has 'target, T0 7'; accepted are"),

@@ -7,6 +7,8 @@ from experiments.data.dataset import DataError
 from experiments.data.digits import digits
 from experiments.data.in_memory import InMemoryDataset, shift_and_flip
 from experiments.data.tfds_in_memory import cifar10, fashion_mnist
+from experiments.data.tfds_source import Example
+from tests.data.images import encode
 from tests.data.streams import assert_equal, joined, take
 
 
@@ -154,3 +156,20 @@ def test_cifar10(data_dir):
     np.testing.assert_allclose(dataset.train_images.std(axis=(0, 1, 2)), dataset.std, atol=0.5)
     assert (dataset.padding, dataset.flip) == (4, True)
     assert (np.bincount(dataset.eval_labels) == 1000).all()  # so they are in the test split
+
+
+@pytest.mark.parametrize("image", [b"", b"broken", encode(np.zeros((32, 31, 3), np.uint8), "PNG")])
+def test_an_image_that_is_none_of_the_dataset_is_one_message(monkeypatch, image):
+    class Split(list):
+        image_shape, num_classes = (32, 32, 3), 10
+
+        def read(self, indices):
+            return [self[i] for i in indices]
+
+    whole = Example(encode(np.zeros((32, 32, 3), np.uint8), "PNG"), 3)
+    split = Split([whole, Example(image, 3)])
+    monkeypatch.setattr("experiments.data.tfds_in_memory.open_split", lambda name, data_dir, split_name: split)
+    with pytest.raises(DataError, match=r"^Example 1 of cifar10/train is not a readable 32×32 image\.$"):
+        cifar10()
+    split.pop()
+    np.testing.assert_array_equal(cifar10().train_images, np.zeros((1, 32, 32, 3)))
