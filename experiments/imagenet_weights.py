@@ -34,14 +34,14 @@ def weight_settings(config: ImagenetConfig) -> WeightSettings:
 
 
 def planned_settings(config: ImagenetConfig) -> WeightSettings:
-    """The settings of a dry run, which needs no weights, but looks at them where they are.
+    """The settings of a dry run, which needs no weights and no dense network, but looks at them where they are.
 
     Raises:
       ConfigError: if the run itself would be refused for them.
     """
     if config.pretrained is not None and config.pretrained.exists():
         return read_weights(config.pretrained, config).settings
-    return dense_settings(config)
+    return dense_settings(config) if config.dense is not None and config.dense.is_dir() else weight_settings(config)
 
 
 def dense_settings(config: ImagenetConfig) -> WeightSettings:

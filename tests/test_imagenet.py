@@ -213,6 +213,7 @@ def test_dry_run_looks_at_the_training_of_the_dense_network_where_there_is_one(
         (["--pretrained=efficientnet_b4.safetensors"], 380),
         (["--pretrained=efficientnet_b4.safetensors", "--origin=timm"], 320),
         (["--dense={tmp_path}/dense"], 320),
+        (["--dense={tmp_path}/not_yet"], 380),
         (["--pretrained={tmp_path}/w.safetensors"], 320),  # by what is in it
         ([], 380),
     ],
@@ -221,6 +222,7 @@ def test_dry_run_is_of_the_images_that_the_weights_want(tmp_path, monkeypatch, c
     looked = []
     monkeypatch.setattr(imagenet.dry_run, "report", lambda *args, image_size, **rest: looked.append(image_size))
     (tmp_path / "config.json").write_text('{"origin": "timm"}')
+    (tmp_path / "dense").mkdir()
     (timm,) = (row for row in pretrained.settings("efficientnet_b4") if row.origin == "timm")
     (tmp_path / "w.safetensors").touch()
     monkeypatch.setattr(pretrained, "load", lambda *args, **options: ({}, timm))

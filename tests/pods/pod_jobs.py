@@ -33,6 +33,7 @@ TINY = (
     "--ltp.t0=1",
 )
 START_AGAIN = 75
+PATIENCE = 400  # seconds after which a job counts as hanging, however busy the machine
 
 
 class Ended(NamedTuple):
@@ -60,7 +61,6 @@ class Jobs:
         processes: int = 1,
         devices: int = 1,
         signals: dict[int, dict[str, str]] | None = None,
-        timeout: float = 400,
     ) -> list[Ended]:
         """Runs the digits experiment to its end.
 
@@ -68,10 +68,10 @@ class Jobs:
         """
         script = str(Path(__file__).parent / "worker.py")
         command = [sys.executable, script, "--workdir", str(workdir), *TINY, *words]
-        return self.start(command, processes, devices, signals or {}, timeout)
+        return self.start(command, processes, devices, signals or {})
 
     def start(
-        self, command: list[str], processes: int, devices: int, signals: dict[int, dict[str, str]], timeout: float
+        self, command: list[str], processes: int, devices: int, signals: dict[int, dict[str, str]]
     ) -> list[Ended]:
         port = free_port()
         running = []
@@ -96,7 +96,7 @@ class Jobs:
                     text=True,
                 )
             )
-        ended, deadline = [], time.monotonic() + timeout
+        ended, deadline = [], time.monotonic() + PATIENCE
         try:
             for process in running:
                 out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))

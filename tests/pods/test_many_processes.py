@@ -77,7 +77,7 @@ def test_partner_that_never_comes_is_one_message(jobs, tmp_path, process):
         f"--distributed.process-id={process}",
         "--distributed.initialization-timeout=2",
     )
-    ended = jobs(tmp_path / "run", *words, timeout=60)
+    ended = jobs(tmp_path / "run", *words)
     assert codes(ended) == [2], ended[0].stderr
     assert ended[0].stderr.startswith("error: the processes of this job cannot reach each other: not all of them came")
     assert ended[0].stderr.count("\n") == 1
@@ -85,7 +85,7 @@ def test_partner_that_never_comes_is_one_message(jobs, tmp_path, process):
 
 def test_hosts_that_do_not_share_the_directory_are_one_message(jobs, tmp_path):
     """Each process has one of its own, by the last digit of its words."""
-    ended = jobs.start([sys.executable, "-c", APART, str(tmp_path)], 2, 1, {}, timeout=120)
+    ended = jobs.start([sys.executable, "-c", APART, str(tmp_path)], 2, 1, {})
     for i, process in enumerate(ended):
         assert process.code == 2, process.stderr
         assert process.stderr == (
@@ -97,7 +97,7 @@ def test_hosts_that_do_not_share_the_directory_are_one_message(jobs, tmp_path):
 
 def test_processes_with_other_options_are_one_message(jobs, tmp_path):
     """Each process has a number of epochs of its own, by the last digit of its words."""
-    ended = jobs.start([sys.executable, "-c", DIFFERENT, str(tmp_path / "run")], 2, 1, {}, timeout=120)
+    ended = jobs.start([sys.executable, "-c", DIFFERENT, str(tmp_path / "run")], 2, 1, {})
     for i, process in enumerate(ended):
         assert process.code == 2, process.stderr
         assert process.stderr == (
@@ -108,7 +108,7 @@ def test_processes_with_other_options_are_one_message(jobs, tmp_path):
 
 def test_what_the_first_process_refuses_is_known_to_all(jobs, tmp_path):
     with only_writer(tmp_path):
-        ended = jobs(tmp_path, processes=2, timeout=120)
+        ended = jobs(tmp_path, processes=2)
     assert codes(ended) == [1, 2]
     said = f"another run is writing to {tmp_path}; wait for its end, or choose another --workdir"
     assert [process.stderr for process in ended] == [
@@ -119,7 +119,7 @@ def test_what_the_first_process_refuses_is_known_to_all(jobs, tmp_path):
 
 
 def test_processes_with_the_same_cores_share_them(jobs):
-    ended = jobs.start([sys.executable, "-c", SHARERS], 3, 1, {}, timeout=120)
+    ended = jobs.start([sys.executable, "-c", SHARERS], 3, 1, {})
     assert_all_done(ended)
     assert [process.stdout.splitlines()[-1] for process in ended] == ["sharers 2", "sharers 1", "sharers 2"]
 
