@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import math
 import os
 import sys
@@ -100,7 +101,7 @@ def read_options(kind: type[T], *, prog: str, args: Sequence[str] | None = None,
     """
     args = sys.argv[1:] if args is None else args
     # As of a variable of the shell that is not set, behind "=" or as a word of its own.
-    for before, word in zip(("", *args), args, strict=False):
+    for before, word in itertools.pairwise(("", *args)):
         if not word or (word.startswith("--") and word.endswith("=")):
             raise ConfigError(f"{word or before or 'the first word'} has no value")
     options: Any = tyro.cli(kind, prog=prog, args=args, **settings)

@@ -80,8 +80,7 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
                 f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
                 "Choose another --workdir, or the same options to go on with that run"
             )
-    elif config.own_dense.is_file() or _of_somebody_else(path):
-        taken = config.own_dense if config.own_dense.is_file() else path
+    elif taken := _of_somebody_else(config):
         raise ConfigError(f"{taken} is there already, and not of a run; choose another --workdir")
     if write:
         write_json(path, new)
@@ -93,13 +92,16 @@ def _was_begun(config: Config) -> bool:
     return config.own_dense.is_dir() or any(any(folder.glob("[0-9]*")) for folder in folders)
 
 
-def _of_somebody_else(path: Path) -> bool:
-    """Whether something is JSON, but not the record of a run, or a folder."""
+def _of_somebody_else(config: Config) -> Path | None:
+    """What is where a run would write its dense network or its record, and is neither: a file, JSON or a folder."""
+    if config.own_dense.is_file():
+        return config.own_dense
+    path = config.workdir / "config.json"
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return path.is_dir()
-    return not (isinstance(found, dict) and {"arch", "ltp"} <= found.keys())
+        return path if path.is_dir() else None
+    return None if isinstance(found, dict) and {"arch", "ltp"} <= found.keys() else path
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

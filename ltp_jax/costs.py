@@ -42,8 +42,7 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     batch = inputs.shape[0]
     outermost, root = None, None
     running: list[tuple[str, ...]] = []
-    calls: dict[str, int] = {}
-    kinds: dict[str, type] = {}
+    counted: dict[str, list[type]] = {}  # a module's class for each call
 
     def watch(next_method, args, method_kwargs, context):
         nonlocal root
@@ -60,19 +59,20 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
         if context.method_name == "setup" or (module.path in running and not called):
             return next_method(*args, **method_kwargs)
         path = "/".join((*module.path, "kernel"))
-        before = calls.get(path, 0)
+        calls = counted.setdefault(path, [])
+        before = len(calls)
         running.append(module.path)
         output = next_method(*args, **method_kwargs)
         running.pop()
         # The weights are used in the innermost call: one that extends another, or shares its scope, may make it twice,
         # or pool what comes of it.
-        if module.has_variable("params", "kernel") and not (called and calls.get(path, 0) > before):
-            calls[path] = calls.get(path, 0) + 1
+        if module.has_variable("params", "kernel") and not (called and len(calls) > before):
+            calls.append(type(module))
             kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
             # A module that is called several times uses its weights as often; how often a transform calls it is not
             # known here, nor which of several modules of one scope. One call that cannot be counted leaves the sum
             # unknown.
-            known = called and at_top and kinds.setdefault(path, type(module)) is type(module)
+            known = called and at_top and len(set(calls)) == 1
             given = next(iter((*args, *method_kwargs.values())), None)
             positions = _positions(module, kernel, given, output) if known else math.nan
             uses[path] = uses.get(path, 0) + positions / batch
