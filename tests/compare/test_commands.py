@@ -196,7 +196,7 @@ def test_settings_are_judged_on_training_images_and_methods_on_those_for_evaluat
     monkeypatch.setattr(compare, "HELD_OUT", 100)
     for command, name in (("tune", "tune"), ("run", "grid")):
         monkeypatch.setattr(compare, name, lambda config, harness: given.update({config.command: harness.dataset}))
-        monkeypatch.setattr(sys, "argv", ["compare", command, f"--workdir={tmp_path}"])
+        monkeypatch.setattr(sys, "argv", ["compare", command, f"--workdir={tmp_path}", f"--results={tmp_path}"])
         compare.main()
     assert given["tune"].train_size == data.train_size - 100
     np.testing.assert_array_equal(given["tune"].eval_images, data.train_images[-100:])
