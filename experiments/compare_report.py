@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.compare_cells import OWN, Cell, read_cells, select, with_setting_of
 from experiments.components import network_plan, network_uses
@@ -209,18 +210,23 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
         groups = [select(same, compression=compression) for compression in compressions(same)]
         if groups:
             means = [statistics.fmean([cell["top1"] for cell in group]) for group in groups]
-            lost = [f"{m:.1f} % at {g[0]['compression']:g}×" for g, m in zip(groups, means, strict=True) if m < lowest]
+            notes = ["one seed"] if all(len(group) == 1 for group in groups) else []
+            notes += [
+                f"{m:.1f} % at {g[0]['compression']:g}×" for g, m in zip(groups, means, strict=True) if m < lowest
+            ]
             axes.errorbar(
                 [statistics.geometric_mean([cell["achieved"] for cell in group]) for group in groups],
                 means,
                 yerr=[statistics.stdev([c["top1"] for c in group]) if len(group) > 1 else 0 for group in groups],
-                label=label(method, origin) + (f" ({', '.join(lost)})" if lost else ""),
+                label=label(method, origin) + (f" ({', '.join(notes)})" if notes else ""),
                 color=COLOURS[method],
                 linestyle=DASHES[origin],
+                linewidth=1.2,
                 marker="o",
+                markersize=4,
                 capsize=3,
             )
-    axes.axhline(dense, color="black", linestyle=":", label="dense")
+    axes.axhline(dense, color="black", linewidth=0.8, label="dense")
     wanted = compressions(cells)
     axes.set_xscale("log", base=2)
     axes.set_xticks(wanted, [f"{c:g}×" for c in wanted])
@@ -306,6 +312,7 @@ def draw_plan(cells: Sequence[Cell], path: Path) -> None:
     off.set_title("how far off", fontsize=10)
     for panel in (axes, off):
         panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     figure.suptitle(where(cells))
     figure.savefig(path, dpi=120)

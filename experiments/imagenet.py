@@ -1,6 +1,6 @@
 """Prunes the networks of the paper on ImageNet, or on any image-classification dataset of TFDS.
 
-python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.safetensors --data-dir=/data/tfds
+python -m experiments.imagenet --arch=resnet50 --pretrained=resnet50-0676ba61.pth --data-dir=/data/tfds
 """
 
 import dataclasses

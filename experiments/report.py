@@ -27,7 +27,11 @@ def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
     paths = {name: directory / f"{name}.png" for name in ("accuracy", "density", "thresholds")}
     draw_accuracy(entries, paths["accuracy"], title)
     draw_layers(
-        entries, [e.densities for e in entries], paths["density"], f"{title}: density per layer", "kept weights"
+        entries,
+        [{path: 100 * density for path, density in e.densities.items()} for e in entries],
+        paths["density"],
+        f"{title}: density per layer",
+        "kept weights of the layer, %",
     )
     draw_layers(
         entries[1:],
@@ -101,7 +105,7 @@ def _macs(entry: Entry) -> str:
 
 
 def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
-    """Top-1 against compression: every entry, the best of those as sparse or sparser, and the dense network's level."""
+    """Top-1 against compression: every entry, the best with as much or more, and the dense network's level."""
     figure, axes = _figure()
     dense = entries[0].top1
     front = pareto(entries)
@@ -121,7 +125,7 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
         color="tab:red",
         linewidth=1.2,
         drawstyle="steps-pre",  # between two entries there is no network: who asks for as much gets the sparser one
-        label="best as sparse or sparser",
+        label="best with this compression or more",
     )
     figure.colorbar(points, ax=axes, label="epoch", ticks=MaxNLocator(integer=True, min_n_ticks=1))
     _compression_axis(axes, max(e.compression for e in entries))
@@ -135,7 +139,7 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
             f"{axes.get_xlabel()}; not shown: {below} more than {dense - floor + margin:.0f} points below dense"
         )
     axes.set_ylim(floor - margin, max(e.top1 for e in entries) + margin)
-    axes.set_ylabel("held-out top-1, %")
+    axes.set_ylabel("evaluation top-1, %")
     axes.set_title(title)
     axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)

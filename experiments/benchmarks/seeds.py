@@ -1,7 +1,9 @@
 """Runs an experiment with several seeds and keeps the figures of their trails.
 
-python -m experiments.benchmarks.seeds
-python -m experiments.benchmarks.seeds --experiment=fashion_mnist --options=--data-dir=/data/tfds
+    python -m experiments.benchmarks.seeds
+    python -m experiments.benchmarks.seeds --experiment=fashion_mnist --options=--data-dir=/data/tfds
+
+What goes to the experiment itself is given by `--options`, word by word.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ class Seeds:
     max_top1_drop: float = 1.0
     """The entry of each trail that is told of: the sparsest at most so many points below its dense network."""
     options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A word for the experiment's own command line, as in --options=--ltp.leak=0; may be given several times."""
+    """A word for the experiment's own command line, as in --options=--ltp.leak=0.3; may be given several times."""
 
     def check(self) -> None:
         """Raises ConfigError for the first option that is impossible."""

@@ -26,7 +26,7 @@ class WeightSettings:
       network: the name in ``ltp_jax.models`` that these weights are for.
       origin: who published them, a name to choose them by; unique for a network.
       release: what its library calls them: an entry of torchvision's weights enum, a timm model with its tag, or a
-        package of PyPI.
+        Python package.
       naming: the library whose names their tensors have.
       input_size: height and width of an evaluation crop, in pixels.
       resize_size: the shorter side of the image that the crop is taken from, in pixels.
