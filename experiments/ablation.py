@@ -209,6 +209,7 @@ def main() -> None:
         return path.exists() and len(read_cell(path, FIELDS)["epochs"]) == EPOCHS
 
     require_writable("--results", config.results / "table.md")
+    require_writable("--workdir", config.workdir / "dense_0.json")
     setup = NETWORKS[ARCH]
     harness = Harness(hold_out(setup.load(config.data_dir), HELD_OUT), ARCH, config.workdir, setup.pretrain)
     for variant in config.variants or VARIANTS:

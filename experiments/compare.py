@@ -157,6 +157,8 @@ def fill(
         raise ConfigError(f"--compressions has {compression:g}, which {method} cannot meet: {error}") from error
     compiled, harden = harness.compiled(pruner, train), jax.jit(pruner.harden)
     for path, seed in missing:
+        if path.exists():
+            print(f"{path.stem}: run anew, since what is there has another setting or number of epochs", flush=True)
         figures = run_cell(harness, compiled, harden, seed)
         about = {
             "network": harness.arch,
@@ -345,6 +347,7 @@ def main() -> None:
             print(held_out / "table.md")
         return
     require_writable("--results", folder(config, held_out=config.command == "tune") / "table.md")
+    require_writable("--workdir", config.workdir / "dense_0.json")
     dataset = setup.load(config.data_dir)
     if config.augment:
         dataset = augmented(dataset)

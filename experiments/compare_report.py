@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.compare_cells import OWN, Cell, read_cells, select, with_setting_of
 from experiments.components import network_plan, network_uses
+from experiments.options import ConfigError
 from ltp_jax import models
 from ltp_jax.target import planned_density
 
@@ -37,7 +39,11 @@ def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
 
     Returns:
       The files.
+
+    Raises:
+      ConfigError: if runs that differ in more than the seed would be taken for one figure.
     """
+    check_settings(cells)
     for directory in (folder, docs):
         directory.mkdir(parents=True, exist_ok=True)
     table = folder / "table.md"
@@ -53,6 +59,20 @@ def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
     for path, (draw, shown) in drawn.items():
         draw(shown, path)
     return [table, *drawn]
+
+
+def check_settings(cells: Iterable[Cell]) -> None:
+    """Raises ConfigError if runs of one method and compression have different settings."""
+    first: dict[Any, Cell] = {}
+    for cell in cells:
+        other = first.setdefault((cell["method"], cell["origin"], cell["compression"]), cell)
+        for name in ("trial", "epochs_trained"):
+            if cell[name] != other[name]:
+                raise ConfigError(
+                    f"{cell['method']} at {cell['compression']}× has runs of different settings: {name} of seed "
+                    f"{other['seed']} is {other[name]}, of seed {cell['seed']} {cell[name]}. `compare run` with all of "
+                    "these seeds runs those anew that are not of the chosen setting"
+                )
 
 
 def read_compared(folder: Path) -> list[Cell]:

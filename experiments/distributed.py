@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.config import DistributedConfig
-from experiments.ending import CONFIG_ERROR, has_others
+from experiments.ending import CONFIG_ERROR, has_others, require_device
 from experiments.options import ConfigError
 
 START_SLACK = 60
@@ -33,16 +33,21 @@ def initialize(config: DistributedConfig) -> None:
     """Joins the other processes of the job, before anything else touches a device.
 
     Without options the cluster's environment decides: Cloud TPU, Slurm, Kubernetes and Open MPI, as JAX detects them.
-    Where there is none, the process is a job of its own. A second call does nothing.
+    Where there is none, the process is a job of its own. A second call does nothing. Then a device is looked for.
 
     If the others do not come in time, this ends the process with a message and the exit code of a ConfigError. JAX has
     no error for that, nor for two processes of the same id: it aborts the process, with a stack dump on stderr.
 
     Raises:
       ConfigError: if the options are not complete, or JAX cannot join the processes as they say.
+      RunError: if there is no device.
     """
-    if jax.distributed.is_initialized():
-        return
+    if not jax.distributed.is_initialized():
+        _join(config)
+    require_device()
+
+
+def _join(config: DistributedConfig) -> None:
     options = (config.coordinator_address, config.num_processes, config.process_id)
     explicit = any(option is not None for option in options)
     if explicit and None in options:
@@ -129,7 +134,7 @@ def check_shared(workdir: Path) -> None:
 
 
 def check_same(options: Mapping[str, Any]) -> None:
-    """Makes sure that all processes of the job were given the same options.
+    """Makes sure that all processes of the job were given the same options, data and weights.
 
     Raises:
       ConfigError: in every process, if one of them has others than the first one.
@@ -139,8 +144,8 @@ def check_same(options: Mapping[str, Any]) -> None:
     marks = multihost_utils.process_allgather(np.uint32(zlib.crc32(json.dumps(options, sort_keys=True).encode())))
     if others := np.flatnonzero(marks != marks[0]).tolist():
         raise ConfigError(
-            f"process {', '.join(map(str, others))} has other options than process 0; accepted is one command for all "
-            "processes of a job"
+            f"process {', '.join(map(str, others))} has other options, another number of images or other weights than "
+            "process 0; accepted is one command for all processes of a job, and the same files for it on every host"
         )
 
 

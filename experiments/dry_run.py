@@ -19,7 +19,7 @@ from experiments.components import check_batch, init_network, ltp_pruner, networ
 from experiments.config import MeshConfig, TrainConfig
 from experiments.ending import RunError
 from experiments.imagenet_config import ImagenetConfig
-from experiments.options import ConfigError
+from experiments.options import ConfigError, require_writable
 from experiments.record import write_json
 from ltp_jax import models
 from ltp_jax.pruner import dense
@@ -65,6 +65,8 @@ def report(
     plan = ltp.plan(network["params"])
     uses = network_uses(module, shape, plan)
     ltp_pruner(config.ltp, plan, train.steps(train_size), uses)
+    path = config.workdir / "dry_run.json"
+    require_writable("--workdir", path)
     facts = _facts(module, network, plan, uses, train, config.mesh, shape, devices, train_size)
     console.print(str(plan), highlight=False, soft_wrap=True)
     console.print(_facts_table(config.arch, facts, devices, topology))
@@ -87,7 +89,6 @@ def report(
         found["beginning"] = dataclasses.asdict(_compile_beginning(step, topology, config.dry_run_timeout))
         console.print(_figures_table(found, topology))
     found["seconds"] = round(time.time() - started, 1)
-    path = config.workdir / "dry_run.json"
     write_json(path, found)
     console.print(f"written to {path}", highlight=False, markup=False)
     return found

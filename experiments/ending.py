@@ -179,6 +179,18 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
+def require_device() -> None:
+    """Raises RunError if JAX has no device to compute on, which otherwise it says wherever it needs one first."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a platform that has no plugin
+        said = str(error).partition("\n")[0] or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}"
+        raise RunError(
+            f"JAX finds no device to compute on: {said}. End the process that holds it, install jax[tpu] or "
+            "jax[cuda13], or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
 def has_others() -> bool:
     """Whether this process is one of a job of several."""
     # Before the processes have joined, asking for their number would start a backend.

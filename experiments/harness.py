@@ -21,6 +21,7 @@ import ltp_jax as ltp
 from experiments.components import check_network, init_network, network_plan, normalising_apply, weights_optimizer
 from experiments.config import TrainConfig
 from experiments.data.in_memory import InMemoryDataset
+from experiments.ending import require_device
 from experiments.options import ConfigError
 from experiments.record import differences, write_json
 from ltp_jax import models
@@ -100,6 +101,7 @@ class Harness:
     """
 
     def __init__(self, dataset: InMemoryDataset, arch: str, workdir: Path, pretrain: TrainConfig):
+        require_device()
         self.dataset = dataset
         self.arch = arch
         self.pretrain = pretrain

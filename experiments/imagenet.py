@@ -15,7 +15,7 @@ from experiments.data.dataset import DataError
 from experiments.data.photographs import is_imagenet, photographs, usable_cores
 from experiments.data.tfds_source import open_split
 from experiments.distributed import initialize, sharers_of_cores
-from experiments.ending import run_command
+from experiments.ending import require_device, run_command
 from experiments.imagenet_config import IMAGENET_TRAIN_SIZE, PRESETS, ImagenetConfig
 from experiments.imagenet_weights import dense_settings, planned_settings, read_weights, start_from
 from experiments.run import run, trains_dense
@@ -47,6 +47,8 @@ def dry_run_counts(config: ImagenetConfig) -> tuple[int, int, str | None]:
 def main() -> None:
     config = parse(PRESETS, "Learned Threshold Pruning on ImageNet or any image-classification dataset of TFDS.")
     if config.dry_run:
+        if config.topology is None:
+            require_device()
         settings = planned_settings(config)
         train_size, num_classes, note = dry_run_counts(config)
         new_head = num_classes != models.spec(config.arch).num_classes
@@ -62,6 +64,7 @@ def main() -> None:
             print(note)
         return
     initialize(config.distributed)
+    sharers = sharers_of_cores()  # of every process, whatever its options: they ask each other
     # Read before the data are opened: which weights these are decides what the images must look like.
     weights = None if config.pretrained is None else read_weights(config.pretrained, config)
     settings = dense_settings(config) if weights is None else weights.settings
@@ -76,7 +79,7 @@ def main() -> None:
         mean=tuple(255 * value for value in settings.mean),
         std=tuple(255 * value for value in settings.std),
         eval_split=config.eval_split,
-        workers=max(usable_cores() // sharers_of_cores() - 1, 1) if config.workers is None else config.workers,
+        workers=max(usable_cores() // sharers - 1, 1) if config.workers is None else config.workers,
         max_unreadable=config.max_unreadable,
     )
     module = make_module(config, settings, dataset.num_classes)

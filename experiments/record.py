@@ -35,7 +35,14 @@ def of_a_job(config: Config) -> dict[str, Any]:
     }
 
 
-def record(config: Config, *, weights: str | None = None, write: bool = True) -> None:
+def record(
+    config: Config,
+    *,
+    images: Mapping[str, int],
+    weights: str | None = None,
+    pretrains: bool = True,
+    write: bool = True,
+) -> None:
     """Writes the configuration to the working directory, or checks that it is the one that is there.
 
     A run goes on only with the options that it began with; where data lie, what is shown, how many processes and
@@ -44,15 +51,17 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
 
     Args:
       config: the options.
+      images: how many the dataset has, and of how many classes: epochs and plans are counted in them.
       weights: digest of the published weights that the run begins from, if it does. Their file may have moved.
+      pretrains: whether the run trains its dense network; if not, how it would has no meaning.
       write: whether this process writes the file, as one of a job does; all of them check it.
 
     Raises:
-      ConfigError: if the directory holds a run with other options, naming them, or one without a record of them, or
-        a file of somebody else's where the record would be.
+      ConfigError: if the directory holds a run with other options or images, naming them, or one without a record of
+        them, or a file of somebody else's where the record would be.
     """
     path = config.workdir / "config.json"
-    new = to_json(config) | ({"weights": weights} if weights else {})
+    new = to_json(config) | {"images": dict(images)} | ({"weights": weights} if weights else {})
     if _was_begun(config):
         try:
             old = json.loads(path.read_text())
@@ -66,19 +75,21 @@ def record(config: Config, *, weights: str | None = None, write: bool = True) ->
         free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
         if weights and old.get("weights") == weights:
             free.add("pretrained")
-        if config.dense is not None:
+        if not pretrains:
             free.update(f"pretrain.{name}" for name in new["pretrain"])
         changed = [
             f"--{key.replace('_', '-')} {how}"
             for key, how in differences(_flat(old), _flat(new)).items()
-            if key not in free and key != "weights" and not key.startswith("distributed.")
+            if key not in free and key != "weights" and not key.startswith(("distributed.", "images."))
         ]
+        if "images" in old:  # it is not in records of earlier versions
+            changed += [f"its images, {key}: {how}" for key, how in differences(old["images"], images).items()]
         if weights and "pretrained" not in free:
             changed.append("--pretrained has other weights now")
         if changed:
             raise ConfigError(
-                f"{config.workdir} holds a run with other options: {'; '.join(changed)}. "
-                "Choose another --workdir, or the same options to go on with that run"
+                f"{config.workdir} holds a run with other options or data: {'; '.join(changed)}. "
+                "Choose another --workdir, or the same options and data to go on with that run"
             )
     elif taken := _of_somebody_else(config):
         raise ConfigError(f"{taken} is there already, and not of a run; choose another --workdir")

@@ -79,8 +79,16 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
                 refusal = error
         distributed.check_first(refusal)
         distributed.check_shared(config.workdir)
-        distributed.check_same(of_a_job(config))
-        record(config, weights=start and start.digest, write=jax.process_index() == 0)
+        images = {"training": dataset.train_size, "held out": dataset.eval_size, "classes": dataset.num_classes}
+        weights = start and start.digest
+        distributed.check_same(of_a_job(config) | {"images": images, "weights": weights})
+        record(
+            config,
+            images=images,
+            weights=weights,
+            pretrains=config.dense is None and not (start and start.trained),
+            write=jax.process_index() == 0,
+        )
         console = Console()
         start_logging(config.workdir, console)
         if jax.process_count() > 1:

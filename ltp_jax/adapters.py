@@ -19,6 +19,9 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
       module: the network; it may keep ``batch_stats`` and draw from the random stream ``dropout``. One that has other
         collections or streams takes an ``Apply`` of its own, whose ``batch_stats`` may hold all collections.
       preprocess: applied to the images on the device, such as their normalisation.
+
+    The function raises ValueError if the network keeps batch statistics that were not given: Flax would begin anew with
+    them.
     """
 
     def apply(params: Any, batch_stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None):
@@ -26,10 +29,13 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
         if not train:
             logits: Any = module.apply(variables, preprocess(images), train=False)
             return logits, batch_stats
-        rngs: Any = {"dropout": key}
+        rngs: Any = {} if key is None else {"dropout": key}
         updated: Any
         logits, updated = module.apply(variables, preprocess(images), train=True, mutable=["batch_stats"], rngs=rngs)
         averages = updated.get("batch_stats", batch_stats)
+        there, before = (dict(named_leaves(statistics)) for statistics in (averages, batch_stats))
+        if missing := sorted(there.keys() - before.keys()):
+            raise ValueError(f"the network has batch statistics that were not given: {', '.join(missing)}")
         # In the same kind of dict, or the step would be another one the second time.
         return logits, (freeze if isinstance(batch_stats, FrozenDict) else unfreeze)(averages)
 

@@ -87,7 +87,12 @@ def uses_per_input(module: nn.Module, inputs: Any, plan: Plan, **kwargs: Any) ->
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **kwargs), inputs)
     with nn.intercept_methods(watch):
         jax.eval_shape(trace, variables, inputs)
-    if missing := [path for path in plan.paths if math.isnan(uses.get(path, math.nan))]:
+    if absent := [path for path in plan.paths if path not in uses]:
+        raise ValueError(
+            f"the network calls no module with {', '.join(absent)}; the plan has to be of its parameters, those that "
+            "it does not use left out by a rule"
+        )
+    if missing := [path for path in plan.paths if math.isnan(uses[path])]:
         raise ValueError(
             f"the uses of {', '.join(missing)} are not known: counted are tensors named 'kernel' of dense layers and "
             "convolutions that the network calls, neither transposed nor local, by no other method, and outside of "

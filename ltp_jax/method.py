@@ -56,7 +56,7 @@ def _valid_threshold_jvp(primals, tangents):
 
 
 def soft_mask(w: jax.Array, threshold: jax.Array, temperature: jax.Array) -> jax.Array:
-    """``s = sigmoid((w² − τ) / T)``, float32 of the shape of ``w``: how much of each weight is left, in (0, 1)."""
+    """``s = sigmoid((w² − τ) / T)``, float32 of the shape of ``w``: how much of each weight is left, in [0, 1]."""
     return jax.nn.sigmoid((jnp.square(w.astype(jnp.float32)) - threshold) / temperature)
 
 

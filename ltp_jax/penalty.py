@@ -57,7 +57,7 @@ def learned_thresholds(
         what keeping all of them would cost, in units of the loss. It should rise from zero: a large penalty at once
         prunes far too much before the loss has a say.
       optimizer: updates the thresholds, all of them in one array. Weight decay has no place in it.
-      learn_steps: thresholds are frozen from this step on, while the network recovers.
+      learn_steps: thresholds are frozen from this step on, 1 or more, while the network recovers.
       t0: temperature in units of ``Var(|w|)``, eq. 15.
       exact_gradient: see ``ltp_jax.soft_prune``.
       l0_to_weights: see ``ltp_jax.l0``.
@@ -65,11 +65,13 @@ def learned_thresholds(
 
     Raises:
       TypeError: if the penalty is no function.
-      ValueError: if the plan prunes nothing, a tensor that is pruned has no cost, or one that is not positive; from
-        ``init``, as ``ltp_jax.init``, and if a tensor is of less precision than float32.
+      ValueError: if the plan prunes nothing, there is no step to learn in, a tensor that is pruned has no cost, or one
+        that is not positive; from ``init``, as ``ltp_jax.init``, and if a tensor is of less precision than float32.
     """
     if not plan.paths:
         raise ValueError("the plan prunes no tensor: there is no threshold to learn")
+    if learn_steps < 1:
+        raise ValueError(f"learn_steps is {learn_steps}; accepted is 1 or more")
     if not callable(penalty):
         raise TypeError(f"the penalty is {penalty!r}; accepted is a function of the step, as optax has them")
     unit = unit_costs(plan, costs)
@@ -108,6 +110,8 @@ def step_thresholds(
 ) -> LearnedThresholdState:
     """One optimizer step of ``r = √τ / std(|w|)``, which is kept in its valid range, ``r ≥ 0``.
 
+    A layer without spread, which ``ltp_jax.init`` cannot see under ``jax.jit``, has no such unit: it stays whole.
+
     Args:
       grads: ``∂L/∂τ`` by path.
       state: thresholds, temperatures and the optimizer's state, which is of ``r``.
@@ -115,10 +119,13 @@ def step_thresholds(
       t0: that of the temperatures.
     """
     tau, by_path = ravel_pytree(state.thresholds)
-    spread = jnp.sqrt(ravel_pytree(state.prune.temperatures)[0] / t0)
+    variance = ravel_pytree(state.prune.temperatures)[0] / t0
+    varied = variance > 0
+    spread = jnp.sqrt(jnp.where(varied, variance, 1.0))
     r = jnp.sqrt(method.valid_threshold(tau)) / spread
     # ∂τ/∂r = 2 r · spread² vanishes at r = 0, where every run starts: it is taken no smaller than at a hundredth.
-    r_grads = ravel_pytree(grads)[0] * 2 * jnp.maximum(r, 0.01) * jnp.square(spread)
+    tau_grads = jnp.where(varied, ravel_pytree(grads)[0], 0.0)
+    r_grads = tau_grads * 2 * jnp.maximum(r, 0.01) * jnp.square(spread)
     updates, optimizer_state = optimizer.update(finite_or_zero(r_grads), state.optimizer, r)
     r = jnp.maximum(cast(jax.Array, optax.apply_updates(r, finite_or_zero(cast(jax.Array, updates)))), 0)
     return LearnedThresholdState(state.prune.replace(thresholds=by_path(jnp.square(r * spread))), optimizer_state)

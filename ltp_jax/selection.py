@@ -27,6 +27,7 @@ class Rule:
     """
 
     pattern: str
+    _: dataclasses.KW_ONLY
     prune: bool = True
     min_ndim: int = 0
     stack_axes: tuple[int, ...] = ()
@@ -36,6 +37,8 @@ class Rule:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}") from error
+        if type(self.prune) is not bool or type(self.min_ndim) is not int:
+            raise TypeError(f"prune is {self.prune!r} and min_ndim {self.min_ndim!r}; accepted are a bool and an int")
         if not isinstance(self.stack_axes, tuple) or not all(type(axis) is int for axis in self.stack_axes):
             raise TypeError(f"stack_axes is {self.stack_axes!r}; accepted is a tuple of axes, such as (0,)")
 

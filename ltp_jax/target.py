@@ -99,7 +99,8 @@ def target_density(
     The density descends to the target within ``prune_steps``. Until ``select_steps`` it is held there while the soft
     masks go on choosing which weights to keep. Then the thresholds are set so that the target is met exactly, what
     they prune becomes zero and stays zero, and the rest goes on training. A layer keeps at least one weight. Weights
-    that are zero at the start, as in a network that was pruned before, stay zero.
+    that are zero at the start, as in a network that was pruned before, stay zero; if fewer are left than the target
+    asks for, all of them are kept.
 
     Each step counts the weights above each threshold and a tenth beside it, and looks for the largest; where exactly
     the target lies is found once, at the end of the selection. A training of fewer steps than ``select_steps`` does

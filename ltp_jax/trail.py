@@ -30,7 +30,7 @@ from ltp_jax.transform import Summary, each_layer
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The figures of one network of the trail. The dense network is entry 0.
+    """The figures of one network of the trail. The dense network is entry 0. One that was not measured is NaN.
 
     Attributes:
       epoch: how many epochs of pruning it has seen.
@@ -207,7 +207,8 @@ class Trail:
 
         Raises:
           TrailError: if the directory cannot be written, or has an entry of this epoch; if the epoch is no such number,
-            or the network cannot be kept; also for an earlier entry that failed in the background.
+            one of the figures is none, or the network cannot be kept; also for an earlier entry that failed in the
+            background.
         """
         if self._manager is None:
             raise TrailError(
@@ -221,7 +222,14 @@ class Trail:
             raise TrailError(f"an entry is of epoch {entry.epoch!r}; accepted is a whole number, 0 or more")
         if epoch in self._manager.all_steps():
             raise TrailError(f"the trail in {self.path} has an entry of epoch {epoch} already")
-        figures = json.loads(json.dumps(entry.figures(), default=lambda figure: figure.item()))
+        try:
+            figures = json.loads(json.dumps(entry.figures(), default=lambda figure: figure.item()))
+            _from_figures(figures)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TrailError(
+                f"the entry of epoch {epoch} cannot be kept: {in_one_line(error)}; accepted are numbers, NaN for one "
+                "that was not measured"
+            ) from error
         metrics, network = ocp.args.JsonSave(figures), ocp.args.StandardSave(plain_network(params, batch_stats))
         with writing(self.path):
             # Without force one of an epoch before the latest, which was lost, would be passed over.
@@ -243,9 +251,8 @@ class Trail:
     def _entry(self, epoch: int) -> Entry:
         if epoch not in self._read:
             try:
-                metrics = json.loads((self.path / str(epoch) / "metrics" / "metrics").read_text())
-                metrics.pop("gap")
-                self._read[epoch] = _checked(Entry(**metrics))
+                metrics = (self.path / str(epoch) / "metrics" / "metrics").read_text()
+                self._read[epoch] = _from_figures(json.loads(metrics))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TrailError(
                     f"entry {epoch} of {self.path} cannot be read: {in_one_line(error)}; the others can be once "
@@ -254,8 +261,9 @@ class Trail:
         return self._read[epoch]
 
 
-def _checked(entry: Entry) -> Entry:
-    """An entry as it was read. Raises TypeError if one of its figures is no figure."""
+def _from_figures(figures: dict[str, Any]) -> Entry:
+    """The entry of ``Entry.figures`` as JSON has them. Raises TypeError if one of them is none, or missing."""
+    entry = Entry(**{name: figure for name, figure in figures.items() if name != "gap"})
     for field in dataclasses.fields(entry):
         value = getattr(entry, field.name)
         if field.name in ("densities", "thresholds"):

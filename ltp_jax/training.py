@@ -192,6 +192,8 @@ def _numbers(logits: jax.Array) -> jax.Array:
 
 def _check_shape(logits: jax.Array, batch: Batch, name: str) -> None:
     """Raises ValueError for labels, or a mask, that would be broadcast against the logits and make them all wrong."""
+    if not hasattr(logits, "shape"):
+        raise ValueError(f"the network gives a {type(logits).__name__}; accepted are its logits alone")
     if (shape := jnp.shape(batch[name])) != logits.shape[:-1]:
         raise ValueError(
             f"the batch has {name} of shape {shape}, the network gives logits of shape {logits.shape}; "

@@ -39,14 +39,18 @@ def init(params: Params, plan: Plan, t0: ArrayLike = 1e-3) -> PruneState:
       t0: the width of the band in which the mask is soft. At 1e-3 the soft and the hard network agree.
 
     Raises:
-      ValueError: if the plan is not of these parameters, or a selected tensor is not of floating point, constant or
-        not finite (the last two outside of ``jax.jit``, where values can be looked at).
+      ValueError: if the plan is not of these parameters, or a selected tensor is empty, not of floating point, constant
+        or not finite (the last two outside of ``jax.jit``, where values can be looked at).
     """
     leaves = dict(named_leaves(params))
     for tensor in plan.tensors:
         if tensor.prune and (tensor.path not in leaves or leaves[tensor.path].shape != tensor.shape):
             found = leaves[tensor.path].shape if tensor.path in leaves else "nothing"
             raise ValueError(f"the plan has {tensor.path} of shape {tensor.shape}, the parameters have {found}")
+        if tensor.prune and not tensor.size:
+            raise ValueError(
+                f"{tensor.path} of shape {tensor.shape} has no weights; a rule with prune=False leaves it out"
+            )
     for path in plan.paths:
         if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
             raise ValueError(f"{path} is of {leaves[path].dtype}; what is pruned has to be of floating point")
@@ -157,6 +161,8 @@ def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) ->
 
 def _threshold(path: str, w: jax.Array, state: PruneState) -> jax.Array:
     """The threshold of a tensor, not below zero, once it is certain to be one of this tensor's layers."""
+    if path not in state.temperatures:
+        raise ValueError(f"the state has a threshold for {path} and no temperature")
     tau = jnp.asarray(state.thresholds[path], jnp.float32)
     fits = len(tau.shape) == len(w.shape) and all(n in (1, size) for n, size in zip(tau.shape, w.shape, strict=True))
     if tau.shape and not fits:

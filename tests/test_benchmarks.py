@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import shlex
-import subprocess
+import signal
 import sys
+import threading
+import time
 
 import jax
 import pytest
@@ -12,7 +15,7 @@ import tyro
 
 from experiments.ahead_of_time import CompileError, Figures
 from experiments.benchmarks import input_pipeline, lean_step, rows, seeds, targets
-from experiments.ending import RunError
+from experiments.ending import START_AGAIN, Preempted, RunError, stops_when_asked
 from experiments.options import ConfigError
 from ltp_jax.trail import Entry
 
@@ -41,6 +44,7 @@ from ltp_jax.trail import Entry
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs:/bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
         (seeds, ["--seeds", "1", "2", "1"], "^--seeds has one of them twice; accepted is each once"),
+        (seeds, ["--max-top1-drop=nan"], "^--max-top1-drop is nan; accepted is 0 or more"),
         (seeds, ["--out=/"], "^--out is /, which cannot be written: Is a directory"),
         (targets, ["--seed=-1"], "^--seed has -1; accepted is 0 to 4294967295"),
         (targets, ["--out=/proc/a/r.json"], "^--out is /proc/a/r.json, which cannot be written: No such file"),
@@ -168,12 +172,12 @@ def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_pa
 
     commands = []
 
-    def run(command, check):
+    def ended(command):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     monkeypatch.setattr(seeds, "Trail", Trail)
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(seeds, "ended", ended)
     words = [
         "--seeds",
         "3",
@@ -190,6 +194,37 @@ def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_pa
     assert shlex.split(written["command"]) == ["python", "-m", "experiments.benchmarks.seeds", *words]
     of_the_run = ["--seed", "3", "--workdir", str(tmp_path / "my runs" / "digits-3")]  # whatever else is asked for
     assert commands[0][3:] == ["--ltp.leak=0", "--tensorboard", "--seed=7", *of_the_run]
+
+
+def test_a_run_of_seeds_that_is_to_stop_has_time_to_save(tmp_path):
+    child = """
+import signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), (folder / "saved").touch(), sys.exit(75)))
+(folder / "began").touch()
+time.sleep(60)
+"""
+
+    def ask():
+        while not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with stops_when_asked(), pytest.raises(Preempted):
+        seeds.ended([sys.executable, "-c", child, str(tmp_path)])
+    asking.join()
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(("code", "error"), [(START_AGAIN, Preempted), (1, RunError)])
+def test_seeds_ends_as_its_run_does(tmp_path, monkeypatch, code, error):
+    monkeypatch.setattr(seeds, "ended", lambda command: code)
+    monkeypatch.setattr(sys, "argv", ["seeds.py", f"--workdir={tmp_path}"])
+    with pytest.raises(error, match="the run with seed 0"):
+        seeds.main()
 
 
 def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):
@@ -213,9 +248,7 @@ def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):
 
     started = []
     monkeypatch.setattr(seeds, "Trail", Trail)
-    monkeypatch.setattr(
-        subprocess, "run", lambda words, check: started.append(words) or subprocess.CompletedProcess(words, 0)
-    )
+    monkeypatch.setattr(seeds, "ended", lambda words: started.append(words) or 0)
     words = ["--seeds", "3", "4", "--max-top1-drop=1.5", "--workdir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *words])
     seeds.main()
@@ -226,7 +259,6 @@ def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):
 
 
 def test_the_example_of_seeds_can_be_typed():
-    example = (seeds.__doc__ or "").splitlines()[-1]
-    assert example.startswith(f"{seeds.PROG} ")
+    (example,) = (line.strip() for line in (seeds.__doc__ or "").splitlines() if f"{seeds.PROG} --" in line)
     options = tyro.cli(seeds.Seeds, args=shlex.split(example.removeprefix(seeds.PROG)))
     assert options.options == ("--data-dir=/data/tfds",)

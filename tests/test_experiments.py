@@ -38,6 +38,8 @@ from ltp_jax.sharding import make_mesh
 from ltp_jax.trail import Entry, Trail
 from tests.commands import ROOT, run_python
 
+IMAGES = {"training": 1000, "held out": 100, "classes": 10}
+
 
 def tiny(workdir, **changes):
     """Two epochs of each stage, 39 steps in all; thresholds are learned in the third."""
@@ -425,7 +427,7 @@ def test_network_without_a_loss_on_held_out_images_is_no_entry(finished, tmp_pat
 def test_other_options_in_the_same_directory_are_refused(finished):
     config = dataclasses.replace(tiny(finished, tensorboard=True), ltp=LtpConfig(penalty=20.0, learn=0.7, reach=1.5))
     with pytest.raises(ConfigError, match=r"--ltp\.learn was 0\.5, is 0\.7"):
-        record(config)
+        record(config, images=IMAGES)
 
 
 def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
@@ -436,13 +438,29 @@ def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
         config = tiny(tmp_path / str(ltp.penalty), ltp=ltp)
         (config.workdir / "trail" / "0").mkdir(parents=True)
         write_json(config.workdir / "config.json", to_json(config))
-        record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **idle)))
+        record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **idle)), images=IMAGES)
         with pytest.raises(ConfigError, match=f"--ltp.{next(iter(used))} was"):
-            record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)))
+            record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)), images=IMAGES)
     taken = tiny(tmp_path, dense=Path("/other/dense"))
     (tmp_path / "trail" / "0").mkdir(parents=True)
     write_json(tmp_path / "config.json", to_json(taken))
-    record(dataclasses.replace(taken, pretrain=TrainConfig(epochs=9, batch_size=128, learning_rate=0.1)))
+    other = dataclasses.replace(taken, pretrain=TrainConfig(epochs=9, batch_size=128, learning_rate=0.1))
+    with pytest.raises(ConfigError, match=r"--pretrain\.epochs was"):
+        record(other, images=IMAGES)
+    record(other, images=IMAGES, pretrains=False)
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
+    config = tiny(tmp_path)
+    record(config, images=IMAGES)
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(ConfigError, match=r"other options or data: its images, training: was 1000, is 999\. Choose"):
+        record(config, images=IMAGES | {"training": 999})
+    record(config, images=IMAGES)
+    of_earlier_versions = to_json(config)
+    write_json(tmp_path / "config.json", of_earlier_versions)
+    record(config, images=IMAGES)
+    assert json.loads((tmp_path / "config.json").read_text()) == of_earlier_versions | {"images": IMAGES}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", None])
@@ -451,20 +469,20 @@ def test_a_run_is_not_gone_on_with_where_its_options_are_not_known(tmp_path, tex
         (tmp_path / "config.json").write_text(text)
     (tmp_path / "resume" / "39").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds what a run saved, but no record of its options .* choose another"):
-        record(tiny(tmp_path))
+        record(tiny(tmp_path), images=IMAGES)
     (tmp_path / "resume" / "39").rename(tmp_path / "resume" / ".DS_Store")  # nothing of a run
     if text == "[1]":
         (tmp_path / "config.json").unlink()  # a file of somebody else's stays, see below
-    record(tiny(tmp_path))
+    record(tiny(tmp_path), images=IMAGES)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 
 def test_options_may_change_as_long_as_nothing_was_saved(tmp_path):
-    record(tiny(tmp_path))
-    record(tiny(tmp_path, seed=1))
+    record(tiny(tmp_path), images=IMAGES)
+    record(tiny(tmp_path, seed=1), images=IMAGES)
     (tmp_path / "pretrain" / "11").mkdir(parents=True)
     with pytest.raises(ConfigError, match="--seed was 1, is 2"):
-        record(tiny(tmp_path, seed=2))
+        record(tiny(tmp_path, seed=2), images=IMAGES)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
@@ -472,8 +490,14 @@ def test_options_may_change_as_long_as_nothing_was_saved(tmp_path):
 def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
-        record(tiny(tmp_path))
+        record(tiny(tmp_path), images=IMAGES)
     assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_platform_without_a_device_is_one_message(tmp_path):
+    done = run_python("-m", "experiments.digits", f"--workdir={tmp_path}", JAX_PLATFORMS="cuda")
+    assert done.returncode == 1
+    assert re.fullmatch("error: JAX finds no device to compute on: .*, or set JAX_PLATFORMS=cpu\n", done.stderr)
 
 
 def test_what_is_where_a_run_would_write_stays_as_it_is(tmp_path):
@@ -484,7 +508,7 @@ def test_what_is_where_a_run_would_write_stays_as_it_is(tmp_path):
     assert (tmp_path / "a" / "dense").read_text() == "mine"
     (tmp_path / "b" / "config.json").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
-        record(tiny(tmp_path / "b"))
+        record(tiny(tmp_path / "b"), images=IMAGES)
 
 
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):

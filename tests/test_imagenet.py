@@ -25,6 +25,8 @@ from tests.commands import ROOT, run_python
 from tests.data.making import make_photos, write_dataset
 from tests.models.filling import fill_state_dict
 
+IMAGES = {"training": 1000, "held out": 100, "classes": 10}
+
 # The command, which sends SIGTERM to itself with the training batch before the step that the environment says.
 STOPPED = """
 import os, signal
@@ -176,6 +178,26 @@ def test_dry_run_needs_neither_data_nor_weights(tmp_path, command, capsys):
     assert "stem/conv/kernel" in told
 
 
+def test_dry_run_says_that_it_cannot_write_before_it_computes(command, capsys):
+    with pytest.raises(
+        ConfigError, match=r"^--workdir is /proc/a/dry_run\.json, which cannot be written: No such file"
+    ):
+        command("--arch=resnet18", "--dry-run", "--workdir=/proc/a")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers=0"]])
+def test_every_process_says_which_cores_it_has(tmp_path, monkeypatch, command, workers):
+    """One that was told a number of workers, too: those that were not ask all."""
+
+    def asked():
+        raise InterruptedError
+
+    monkeypatch.setattr(imagenet, "sharers_of_cores", asked)
+    with pytest.raises(InterruptedError):
+        command("--train.from-scratch", f"--data-dir={tmp_path}", f"--workdir={tmp_path}", *workers)
+
+
 def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, command, capsys):
     command("--dry-run", f"--workdir={tmp_path}", "--dataset=clothing_small", f"--data-dir={data_dir}")
     found = json.loads((tmp_path / "dry_run.json").read_text())
@@ -283,25 +305,25 @@ def test_learning_rate_grows_with_the_batch_and_is_recorded_as_typed(tmp_path):
     words = ["--pretrained=w", f"--workdir={tmp_path}", "--train.batch-size=512", "--train.learning-rate=0.03"]
     config = parse(imagenet_config.PRESETS, "", words)
     assert config.train.peak_learning_rate == pytest.approx(0.06)
-    record(config)
+    record(config, images=IMAGES)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["learning_rate"] == 0.03
     (tmp_path / "dense").mkdir()
     with pytest.raises(ConfigError, match=r"--train\.learning-rate was 0\.03, is 0\.02\."):
-        record(parse(imagenet_config.PRESETS, "", words[:-1]))
+        record(parse(imagenet_config.PRESETS, "", words[:-1]), images=IMAGES)
 
 
 def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
     config = dataclasses.replace(imagenet_config.PRESETS["resnet50"], workdir=tmp_path, pretrained=Path("a"))
-    record(config, weights="1a")
+    record(config, weights="1a", images=IMAGES)
     (tmp_path / "dense").mkdir()
-    record(dataclasses.replace(config, workers=3, max_unreadable=7, dry_run_timeout=1.0), weights="1a")
+    record(dataclasses.replace(config, workers=3, max_unreadable=7, dry_run_timeout=1.0), weights="1a", images=IMAGES)
     moved = dataclasses.replace(config, pretrained=Path("b"))
-    record(moved, weights="1a")  # the same file elsewhere
-    with pytest.raises(ConfigError, match="holds a run with other options: --pretrained has other weights now"):
-        record(moved, weights="2b")
-    assert json.loads((tmp_path / "config.json").read_text()) == to_json(moved) | {"weights": "1a"}
+    record(moved, weights="1a", images=IMAGES)  # the same file elsewhere
+    with pytest.raises(ConfigError, match="holds a run with other options or data: --pretrained has other weights now"):
+        record(moved, weights="2b", images=IMAGES)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_json(moved) | {"images": IMAGES, "weights": "1a"}
     with pytest.raises(ConfigError, match="--origin was None, is torchvision-v2"):
-        record(dataclasses.replace(moved, origin="torchvision-v2"), weights="1a")
+        record(dataclasses.replace(moved, origin="torchvision-v2"), weights="1a", images=IMAGES)
 
 
 @pytest.mark.parametrize(

@@ -539,6 +539,24 @@ def test_a_penalty_that_is_no_function_is_refused():
         learned_thresholds(ltp.plan(three_layers()), 20.0, optax.sgd(0.1), learn_steps=1)
 
 
+@pytest.mark.parametrize("learn_steps", [0, -3])
+def test_a_penalty_without_a_step_to_learn_in_is_refused(learn_steps):
+    with pytest.raises(ValueError, match=f"learn_steps is {learn_steps}; accepted is 1 or more"):
+        learned_thresholds(ltp.plan(three_layers()), lambda step: 1.0, optax.sgd(0.1), learn_steps=learn_steps)
+
+
+def test_a_layer_without_spread_stays_whole_and_the_others_are_pruned():
+    """Under ``jax.jit`` no one can see it."""
+    params = {"a": {"kernel": jnp.array([[2.0]])}, "b": {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}}
+    pruner = learned_thresholds(ltp.plan(params), lambda step: 10.0, optax.sgd(0.1), learn_steps=99, t0=0.1)
+    state = jax.jit(pruner.init)(params)
+    for step in range(20):
+        grads = jax.grad(lambda *args: pruner.soften(*args)[1], argnums=1)(params, state.thresholds, state, step)
+        params, state = pruner.update(grads, params, params, state, step)
+    assert state.thresholds["a/kernel"] == 0
+    assert 0 < np.count_nonzero(pruner.harden(params, state)["b"]["kernel"]) < 64
+
+
 def test_offsets_move_by_adam_at_a_rate_of_3e_4_if_nothing_is_said():
     # At the first step thresholds are zero, and so is the gradient. Then Adam takes a gradient of any size for a mean
     # of 0.1 / 0.19 and a mean square of 0.001 / 0.001999 of it.

@@ -434,6 +434,17 @@ def test_a_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     assert (tmp_path / "dense").is_dir()
 
 
+@pytest.mark.parametrize("figures", [{"top5": None}, {"top1": "91.2"}, {"loss": np.ones(2)}, {"densities": {"k": "1"}}])
+def test_an_entry_that_could_not_be_read_is_not_written(tmp_path, figures):
+    trail = Trail(tmp_path, create=True)
+    good = entry(0, 1.0, 90.0)
+    with pytest.raises(TrailError, match=r"the entry of epoch 0 cannot be kept: .*; accepted are numbers, NaN for one"):
+        trail.save(dataclasses.replace(good, **figures), {"kernel": np.ones(2)}, {})
+    trail.save(dataclasses.replace(good, top5=math.nan), {"kernel": np.ones(2)}, {})
+    trail.close()
+    assert math.isnan(Trail(tmp_path).dense.top5)
+
+
 def test_figures_may_be_arrays(tmp_path):
     trail = Trail(tmp_path, create=True)
     figures = {"step": jnp.int32(10), "compression": jnp.float32(4.0), "top1": np.float32(89.5)}

@@ -112,10 +112,10 @@ def test_rescaling_a_layer_before_batch_norm_does_not_change_what_is_pruned(vari
 def test_weight_decay_never_touches_thresholds(variables):
     params = variables["params"]
     decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
-    step, state, _ = make(params, weights=decay, learn_steps=0, batch_stats=variables["batch_stats"])
+    step, state, _ = make(params, weights=decay, learn_steps=1, batch_stats=variables["batch_stats"])
     thresholds = {path: jnp.float32(0.01) for path in state.pruning.thresholds}
-    state = state.replace(pruning=state.pruning.replace(prune=state.pruning.prune.replace(thresholds=thresholds)))
-    after = jax.jit(step)(state, networks.batch())
+    pruning = state.pruning.replace(prune=state.pruning.prune.replace(thresholds=thresholds))
+    after = jax.jit(step)(state.replace(pruning=pruning, step=jnp.int32(1)), networks.batch())
     assert np.abs(after.params["conv"]["kernel"]).sum() < np.abs(params["conv"]["kernel"]).sum()
     chex.assert_trees_all_equal(after.pruning.thresholds, thresholds)
 
@@ -276,6 +276,17 @@ def test_labels_that_would_be_broadcast_are_refused(name, shape):
     if name == "label":
         with pytest.raises(ValueError, match=refused):
             step(create_state(params, {}, optimizer, pruner, jax.random.key(0)), batch)
+
+
+def test_a_network_that_gives_more_than_logits_is_refused():
+    batch = {"image": np.zeros((24, 3)), "label": np.zeros(24, int)}
+
+    def two(*args, **kwargs):
+        logits, batch_stats = product(*args, **kwargs)
+        return (logits, logits), batch_stats
+
+    with pytest.raises(ValueError, match="the network gives a tuple; accepted are its logits alone"):
+        make_eval_step(two)({"kernel": jnp.eye(3, 5)}, {}, batch)
 
 
 def test_each_step_has_a_dropout_of_its_own():
@@ -528,6 +539,21 @@ def test_images_are_preprocessed(variables, train):
         given = adapter(network, lambda images: 3 * images - 1)(*state, images, train=train, key=key)
         expected = adapter(network)(*state, 3 * images - 1, train=train, key=key)
         chex.assert_trees_all_equal(given, expected)
+
+
+def test_linen_trains_without_a_key(variables):
+    network, images = variables["params"], networks.batch()["image"]
+    _, after = linen_apply(networks.LinenNet())(network, variables["batch_stats"], images, train=True, key=None)
+    before = {path: leaf for path, leaf in ltp.named_leaves(variables["batch_stats"]) if path.endswith("mean")}
+    assert before
+    moved = dict(ltp.named_leaves(after))
+    assert all(not np.array_equal(moved[path], leaf) for path, leaf in before.items())
+
+
+def test_linen_does_not_begin_anew_with_batch_statistics_that_are_missing(variables):
+    apply, images = linen_apply(networks.LinenNet()), networks.batch()["image"]
+    with pytest.raises(ValueError, match=r"the network has batch statistics that were not given: .*mean"):
+        apply(variables["params"], {}, images, train=True, key=jax.random.key(0))
 
 
 def test_nnx_trains_without_a_key():

@@ -117,6 +117,31 @@ def test_stack_axes_that_are_no_tuple_of_axes_are_refused(axes):
         ltp.Rule("kernel", stack_axes=axes)
 
 
+@pytest.mark.parametrize("given", [{"prune": "False"}, {"prune": 0}, {"min_ndim": "2"}, {"min_ndim": None}])
+def test_a_rule_of_other_types_is_refused(given):
+    with pytest.raises(TypeError, match=r"prune is .* and min_ndim .*; accepted are a bool and an int"):
+        ltp.Rule("kernel", **given)
+
+
+def test_what_a_rule_says_is_named():
+    with pytest.raises(TypeError, match="positional argument"):
+        ltp.Rule("kernel", (0,))  # pyright: ignore
+
+
+def test_a_tensor_without_weights_is_named():
+    tree = {"a": {"kernel": jnp.zeros((0, 4))}}
+    with pytest.raises(ValueError, match=r"a/kernel of shape \(0, 4\) has no weights; a rule with prune=False"):
+        ltp.init(tree, ltp.plan(tree))
+
+
+def test_a_threshold_without_a_temperature_is_named(params):
+    state = ltp.init(params, ltp.plan(params))
+    path = next(iter(state.thresholds))
+    lacking = state.replace(temperatures={name: t for name, t in state.temperatures.items() if name != path})
+    with pytest.raises(ValueError, match=f"the state has a threshold for {path} and no temperature"):
+        ltp.soft_prune(params, lacking)
+
+
 @pytest.mark.parametrize("rules", [ltp.Rule("head/.*"), "head/.*", ["head/.*"], None, iter([ltp.Rule("head/.*")])])
 def test_what_is_no_list_of_rules_is_refused(params, rules):
     with pytest.raises(TypeError, match=r"the rules are .*; accepted is a list of ltp_jax\.Rule"):

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorflow_datasets.proto import tf_example_pb2
 
+from experiments.data.dataset import DataError
 from experiments.data.photographs import photographs
 from experiments.data.tfds_source import Example, open_split
 from experiments.ending import run_command
@@ -184,7 +185,10 @@ def _tf_data_pipelines(
 
 def _enlarge(encoded: bytes, quality: int) -> bytes:
     """Scales an image until its sides are at least 500 and 375 pixels, and cuts out the middle."""
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    try:
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    except OSError as error:
+        raise DataError(f"one of the images cannot be enlarged: {error}; choose another --dataset") from error
     width, height = (500, 375) if image.width >= image.height else (375, 500)
     scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

@@ -27,7 +27,7 @@ from experiments.benchmarks.rows import PAPER, check_arch, read, write
 from experiments.chips import topology
 from experiments.config import LtpConfig, TrainConfig
 from experiments.data.photographs import usable_cores
-from experiments.ending import RunError, run_command
+from experiments.ending import RunError, require_device, run_command
 from experiments.imagenet_config import IMAGENET_TRAIN_SIZE
 from experiments.options import ConfigError, read_options, require, require_any, require_local, require_writable
 from ltp_jax import models
@@ -185,6 +185,7 @@ def run_time(options: Time) -> None:
     """Times steps in turns, so that whatever else the machine does falls on all of them."""
     size = options.image_size or models.spec(options.arch).input_size
     read(options.out, TIME_KEYS)  # refused now, if it holds something else
+    require_device()
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     running: dict[str, tuple[Any, Any, Any]] = {}

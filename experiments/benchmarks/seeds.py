@@ -16,8 +16,15 @@ from typing import Literal
 
 import tyro
 
-from experiments.ending import RunError, run_command
-from experiments.options import read_options, require_checkpoint_path, require_local, require_seeds, require_writable
+from experiments.ending import START_AGAIN, Preempted, RunError, run_command
+from experiments.options import (
+    read_options,
+    require,
+    require_checkpoint_path,
+    require_local,
+    require_seeds,
+    require_writable,
+)
 from experiments.record import write_json
 from ltp_jax.checkpoints import TrailError
 from ltp_jax.trail import Trail
@@ -47,6 +54,18 @@ class Seeds:
         require_local(self, "out")
         require_checkpoint_path("--workdir", self.workdir)
         require_seeds("--seeds", self.seeds)
+        require(self.max_top1_drop >= 0, "--max-top1-drop", self.max_top1_drop, "0 or more")
+
+
+def ended(command: list[str]) -> int:
+    """The exit code of a command. A request to stop is handed on to it, and it has the time to save."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except Preempted:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def main() -> None:
@@ -57,9 +76,11 @@ def main() -> None:
     for seed in config.seeds:
         workdir = config.workdir / f"{config.experiment}-{seed}"
         words = [*config.options, "--seed", str(seed), "--workdir", str(workdir)]  # the last of an option counts
-        done = subprocess.run([sys.executable, "-m", f"experiments.{config.experiment}", *words], check=False)
-        if done.returncode:
-            raise RunError(f"the run with seed {seed} ended with code {done.returncode}; its message stands above")
+        code = ended([sys.executable, "-m", f"experiments.{config.experiment}", *words])
+        if code == START_AGAIN:
+            raise Preempted(f"the run with seed {seed} was stopped; the same command goes on from there")
+        if code:
+            raise RunError(f"the run with seed {seed} ended with code {code}; its message stands above")
         trail = Trail(workdir)
         runs.append({"seed": seed, "entries": [entry.figures() for entry in trail.entries]})
         try:

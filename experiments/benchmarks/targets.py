@@ -20,7 +20,7 @@ import ltp_jax as ltp
 from experiments.benchmarks.rows import PAPER, check_arch, read, write
 from experiments.components import budget_left, init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
-from experiments.ending import run_command
+from experiments.ending import require_device, run_command
 from experiments.options import (
     ConfigError,
     read_options,
@@ -120,6 +120,7 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
 def main() -> None:
     options = read_options(Targets, prog="python -m experiments.benchmarks.targets", description=__doc__)
     require_writable("--out", options.out)
+    require_device()
     read(options.out, KEYS)  # a file of something else is refused before anything is run
     targets = [("weights", compression) for compression in options.compressions]
     targets += [("MACs", compression) for compression in options.macs]

@@ -203,6 +203,17 @@ def test_settings_are_judged_on_training_images_and_methods_on_those_for_evaluat
     assert given["run"] is data
 
 
+@pytest.mark.parametrize("option", ["--results", "--workdir"])
+def test_where_nothing_can_be_written_is_said_before_the_first_run(tmp_path, monkeypatch, option):
+    setup = compare_networks.NETWORKS["lenet_300_100"]._replace(load=digits)
+    monkeypatch.setitem(compare_networks.NETWORKS, "lenet_300_100", setup)
+    monkeypatch.setattr(compare, "grid", lambda config, harness: pytest.fail("it begins"))
+    places = {"--results": tmp_path, "--workdir": tmp_path} | {option: "/proc/a"}
+    monkeypatch.setattr(sys, "argv", ["compare", "run", *(f"{name}={place}" for name, place in places.items())])
+    with pytest.raises(ConfigError, match=f"^{option} is /proc/a/.*, which cannot be written: No such file"):
+        compare.main()
+
+
 def test_augmented_images_are_shifted_by_up_to_two_pixels_and_mirrored():
     image = np.zeros((1, 8, 8, 1), np.uint8)
     image[0, 4, 2] = 255

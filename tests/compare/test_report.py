@@ -101,6 +101,15 @@ def test_report_has_the_runs_with_the_setting_of_another_method(tmp_path):
     assert "Trained on as long as the others, without pruning (setting of magnitude): 92.00." in lines
 
 
+@pytest.mark.parametrize("other", [{"trial": {"learning_rate": 0.7}}, {"epochs_trained": 77}])
+def test_runs_of_two_settings_are_not_taken_for_one_figure(tmp_path, other):
+    mixed = [*CELLS[:1], CELLS[0] | {"seed": 1}]
+    compare_report.write(mixed, tmp_path, tmp_path)
+    mixed[1] |= other
+    with pytest.raises(ConfigError, match=r"^ltp at 8× has runs of different settings: .* of seed 0 is .*, of seed 1"):
+        compare_report.write(mixed, tmp_path, tmp_path)
+
+
 def test_tables_of_the_repository_are_those_of_its_runs():
     """And every row of the documentation that tells a number of seeds stands in one of them."""
     folders = [path.parent for path in (ROOT / "experiments/results/compare").glob("*/table.md")]

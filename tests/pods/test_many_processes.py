@@ -101,8 +101,8 @@ def test_processes_with_other_options_are_one_message(jobs, tmp_path):
     for i, process in enumerate(ended):
         assert process.code == 2, process.stderr
         assert process.stderr == (
-            f"error: process {i} of 2: process 1 has other options than process 0; accepted is one command for all "
-            "processes of a job\n"
+            f"error: process {i} of 2: process 1 has other options, another number of images or other weights than "
+            "process 0; accepted is one command for all processes of a job, and the same files for it on every host\n"
         )
 
 
