@@ -136,6 +136,8 @@ def soft_prune_and_count(
     counts: Scalars = {}
 
     def prune(path: str, w: jax.Array) -> jax.Array:
+        if path not in state.temperatures:
+            raise ValueError(f"the state has a threshold for {path} and no temperature")
         tau, temperature = jnp.broadcast_arrays(_threshold(path, w, state), state.temperatures[path])
         pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights, leak)
         return pruned
@@ -161,8 +163,6 @@ def total_cost(counts: Scalars, costs: Mapping[str, ArrayLike] | None = None) ->
 
 def _threshold(path: str, w: jax.Array, state: PruneState) -> jax.Array:
     """The threshold of a tensor, not below zero, once it is certain to be one of this tensor's layers."""
-    if path not in state.temperatures:
-        raise ValueError(f"the state has a threshold for {path} and no temperature")
     tau = jnp.asarray(state.thresholds[path], jnp.float32)
     fits = len(tau.shape) == len(w.shape) and all(n in (1, size) for n, size in zip(tau.shape, w.shape, strict=True))
     if tau.shape and not fits:

@@ -179,7 +179,7 @@ def test_table_and_pictures_of_a_trail(tmp_path, monkeypatch):
     level, below, front = axes.lines
     assert [*level.get_ydata(), *below.get_ydata()] == [90, 90, 89, 89]
     np.testing.assert_allclose(np.transpose(front.get_data()), [(1, 90), (1, 90), (8, 88.5)])
-    np.testing.assert_allclose(figures["density"].axes[0].lines[0].get_data(), [(0, 1, 2), (1, 1 / 8, 1 / 4)])
+    np.testing.assert_allclose(figures["density"].axes[0].lines[0].get_data(), [(0, 1, 2), (100, 12.5, 25)])
     # The thresholds in units of w, from the first epoch on; those of fixed masks are none.
     np.testing.assert_allclose(figures["thresholds"].axes[0].lines[0].get_data(), [(1, 2), (0.5, np.nan)])
 
