@@ -82,7 +82,7 @@ def record(
             for key, how in differences(_flat(old), _flat(new)).items()
             if key not in free and key != "weights" and not key.startswith(("distributed.", "images."))
         ]
-        if "images" in old:  # it is not in records of earlier versions
+        if isinstance(old.get("images"), dict):  # records of earlier versions have none
             changed += [f"its images, {key}: {how}" for key, how in differences(old["images"], images).items()]
         if weights and "pretrained" not in free:
             changed.append("--pretrained has other weights now")

@@ -253,7 +253,7 @@ class Trail:
             try:
                 metrics = (self.path / str(epoch) / "metrics" / "metrics").read_text()
                 self._read[epoch] = _from_figures(json.loads(metrics))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, AttributeError, TypeError) as error:
                 raise TrailError(
                     f"entry {epoch} of {self.path} cannot be read: {in_one_line(error)}; the others can be once "
                     f"{self.path / str(epoch)} is removed, and this one can be saved anew"
@@ -262,7 +262,12 @@ class Trail:
 
 
 def _from_figures(figures: dict[str, Any]) -> Entry:
-    """The entry of ``Entry.figures`` as JSON has them. Raises TypeError if one of them is none, or missing."""
+    """The entry of ``Entry.figures`` as JSON has them.
+
+    Raises:
+      TypeError: if one of them is none, or missing.
+      AttributeError: if they are no table.
+    """
     entry = Entry(**{name: figure for name, figure in figures.items() if name != "gap"})
     for field in dataclasses.fields(entry):
         value = getattr(entry, field.name)

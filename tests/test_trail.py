@@ -234,9 +234,10 @@ def test_empty_trail_is_said(tmp_path):
 
 def test_broken_entry_is_named(path, tmp_path):
     shutil.copytree(path, tmp_path / "trail")
-    (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text('{"epoch":')
-    with pytest.raises(TrailError, match=r"entry 2 of .* cannot be read"):
-        _ = Trail(tmp_path / "trail").entries
+    for text in ('{"epoch":', "[1]", "{}"):
+        (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text(text)
+        with pytest.raises(TrailError, match=r"entry 2 of .* cannot be read"):
+            _ = Trail(tmp_path / "trail").entries
     figures = json.loads((tmp_path / "trail" / "3" / "metrics" / "metrics").read_text())
     for name, value in (("top1", "x"), ("top1", None), ("densities", 0.5), ("thresholds", {"a": None})):
         (tmp_path / "trail" / "2" / "metrics" / "metrics").write_text(json.dumps(figures | {name: value}))
