@@ -33,8 +33,7 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
         updated: Any
         logits, updated = module.apply(variables, preprocess(images), train=True, mutable=["batch_stats"], rngs=rngs)
         averages = updated.get("batch_stats", batch_stats)
-        there, before = (dict(named_leaves(statistics)) for statistics in (averages, batch_stats))
-        if missing := sorted(there.keys() - before.keys()):
+        if missing := sorted(_paths(averages) - _paths(batch_stats)):
             raise ValueError(f"the network has batch statistics that were not given: {', '.join(missing)}")
         # In the same kind of dict, or the step would be another one the second time.
         return logits, (freeze if isinstance(batch_stats, FrozenDict) else unfreeze)(averages)
@@ -75,8 +74,7 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
         if train and key is not None:
             # The streams as they were: reseeded in every step they decide nothing, and a key may be of another kind.
             rest = nnx.merge_state(rest, nnx.filter_state(batch_stats, nnx.RngState))
-        there, before = (dict(named_leaves(state)) for state in (rest, batch_stats))
-        if changed := sorted(there.keys() ^ before.keys()):
+        if changed := sorted(_paths(rest) ^ _paths(batch_stats)):
             raise ValueError(
                 f"a call of the network adds or drops {', '.join(changed)}, of which the split does not know; make its "
                 "variables before nnx.split, and sow as nnx.Intermediate"
@@ -84,3 +82,7 @@ def nnx_apply(graphdef: nnx.GraphDef, preprocess: Callable[[jax.Array], jax.Arra
         return logits, rest
 
     return apply
+
+
+def _paths(tree: Any) -> set[str]:
+    return {path for path, _ in named_leaves(tree)}

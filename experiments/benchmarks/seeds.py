@@ -59,12 +59,11 @@ class Seeds:
 
 def ended(command: list[str]) -> int:
     """The exit code of a command. A request to stop is handed on to it, and it has the time to save."""
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command) as process:  # which is waited for, whatever ends this
         try:
             return process.wait()
         except Preempted:
             process.terminate()
-            process.wait()
             raise
 
 
