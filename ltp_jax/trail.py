@@ -27,6 +27,9 @@ from ltp_jax.checkpoints import (
 )
 from ltp_jax.transform import Summary, each_layer
 
+AS_SPARSE = 0.99
+"""Entries of so much of the largest compression count as equally sparse: thresholds meet a plan to about that."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -162,7 +165,8 @@ class Trail:
           max_top1_drop: ask for a top-1 of at most so many points below the dense network's.
 
         Returns:
-          Of the entries that meet the request, the sparsest if a drop was allowed, else the most accurate.
+          Of the entries that meet the request the most accurate, if a drop was allowed only of those that are as sparse
+          as the sparsest of them, within 1 %: while masks still move, a target is met to that alone.
 
         Raises:
           TrailError: if none does, naming the nearest; or if nothing is asked for.
@@ -180,7 +184,8 @@ class Trail:
         wanted_top1 = -np.inf if max_top1_drop is None else self.dense.top1 - max_top1_drop - 1e-6
         met = [e for e in entries if e.compression >= wanted_compression * (1 - 1e-5) and e.top1 >= wanted_top1]
         if met and max_top1_drop is not None:
-            return max(met, key=lambda e: (e.compression, e.top1))
+            sparsest = max(e.compression for e in met)
+            met = [e for e in met if e.compression >= AS_SPARSE * sparsest]
         if met:
             return max(met, key=lambda e: (e.top1, e.compression))
 

@@ -118,6 +118,16 @@ def test_of_equals_the_better_one_is_picked(tmp_path):
     trail.close()
 
 
+def test_of_entries_about_as_sparse_the_better_one_is_picked(tmp_path):
+    """While masks move, compression is beside the target by less than a hundredth, now above it, now below."""
+    trail = Trail(tmp_path, create=True)
+    for e in (ENTRIES[0], entry(1, 16.1, 88.5), entry(2, 16.0, 89.5), entry(3, 15.9, 89.8)):
+        trail.save(e, PARAMS, STATS)
+    assert trail.pick(max_top1_drop=2).epoch == 2
+    assert trail.pick(max_top1_drop=2, min_compression=16.05).epoch == 1
+    trail.close()
+
+
 def test_a_drop_is_from_the_dense_network_and_not_from_the_best(tmp_path):
     trail = Trail(tmp_path, create=True)
     for e in (ENTRIES[0], entry(1, 4.0, 91.0), entry(2, 16.0, 89.5)):
