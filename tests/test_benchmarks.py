@@ -44,7 +44,6 @@ from ltp_jax.trail import Entry
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs:/bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
         (seeds, ["--seeds", "1", "2", "1"], "^--seeds has one of them twice; accepted is each once"),
-        (seeds, ["--max-top1-drop=nan"], "^--max-top1-drop is nan; accepted is 0 or more"),
         (seeds, ["--out=/"], "^--out is /, which cannot be written: Is a directory"),
         (targets, ["--seed=-1"], "^--seed has -1; accepted is 0 to 4294967295"),
         (targets, ["--out=/proc/a/r.json"], "^--out is /proc/a/r.json, which cannot be written: No such file"),
@@ -162,13 +161,10 @@ def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_pa
     entry = Entry(0, 0, 1.0, 1.0, {}, {}, top1=50.0, top5=99.0, loss=1.0, soft_top1=50.0, soft_top5=99.0, soft_loss=1.0)
 
     class Trail:
-        entries = (dense,) = (entry,)
+        entries = (entry,)
 
         def __init__(self, path):
             assert path == tmp_path / "my runs" / "digits-3"
-
-        def pick(self, max_top1_drop):
-            return entry
 
     commands = []
 
@@ -227,7 +223,7 @@ def test_seeds_ends_as_its_run_does(tmp_path, monkeypatch, code, error):
         seeds.main()
 
 
-def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):
+def test_seeds_tells_the_means_of_the_last_networks(tmp_path, monkeypatch, capsys):
     def entry(epoch, compression, top1, gap):
         figures = {"densities": {}, "thresholds": {}, "top5": 99.0, "loss": 1.0, "soft_top1": top1 + gap}
         return Entry(epoch, epoch, compression, density=1 / compression, top1=top1, **figures)
@@ -240,21 +236,17 @@ def test_seeds_tells_the_means_of_what_is_picked(tmp_path, monkeypatch):
     class Trail:
         def __init__(self, path):
             self.entries = trails[path.name]
-            self.dense = self.entries[0]
-
-        def pick(self, max_top1_drop):
-            assert max_top1_drop == 1.5
-            return self.entries[-1]
 
     started = []
     monkeypatch.setattr(seeds, "Trail", Trail)
     monkeypatch.setattr(seeds, "ended", lambda words: started.append(words) or 0)
-    words = ["--seeds", "3", "4", "--max-top1-drop=1.5", "--workdir", str(tmp_path)]
+    words = ["--seeds", "3", "4", "--workdir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *words])
     seeds.main()
     written = json.loads((tmp_path / "digits.json").read_text())
     assert written["mean"] == {"compression": 12.0, "top1": 90.25, "drop": 0.75, "largest_gap": 0.75}
-    assert [run["picked"]["epoch"] for run in written["runs"]] == [1, 2]
+    assert [run["last"]["top1"] for run in written["runs"]] == [89.5, 91.0]
+    assert "mean: 12.00×, +0.75 ± 0.35 points below dense" in capsys.readouterr().out
     assert [words[words.index("--seed") + 1] for words in started] == ["3", "4"]
 
 

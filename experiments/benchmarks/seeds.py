@@ -1,4 +1,4 @@
-"""Runs an experiment with several seeds and keeps the figures of their trails.
+"""Runs an experiment with several seeds and keeps the figures of their trails, and the means of the last networks.
 
     python -m experiments.benchmarks.seeds
     python -m experiments.benchmarks.seeds --experiment=fashion_mnist --options=--data-dir=/data/tfds
@@ -11,23 +11,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from experiments.ending import START_AGAIN, Preempted, RunError, run_command
-from experiments.options import (
-    read_options,
-    require,
-    require_checkpoint_path,
-    require_local,
-    require_seeds,
-    require_writable,
-)
+from experiments.options import read_options, require_checkpoint_path, require_local, require_seeds, require_writable
 from experiments.record import write_json
-from ltp_jax.checkpoints import TrailError
-from ltp_jax.trail import Trail
+from ltp_jax.trail import Entry, Trail
 
 PROG = "python -m experiments.benchmarks.seeds"
 
@@ -44,8 +37,6 @@ class Seeds:
     """Where the runs write; a finished one is not run again."""
     out: Path | None = None
     """The JSON file to write; EXPERIMENT.json in --workdir if nothing is said."""
-    max_top1_drop: float = 1.0
-    """The entry of each trail that is told of: the sparsest at most so many points below its dense network."""
     options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A word for the experiment's own command line, as in --options=--ltp.leak=0.3; may be given several times."""
 
@@ -54,7 +45,6 @@ class Seeds:
         require_local(self, "out")
         require_checkpoint_path("--workdir", self.workdir)
         require_seeds("--seeds", self.seeds)
-        require(self.max_top1_drop >= 0, "--max-top1-drop", self.max_top1_drop, "0 or more")
 
 
 def ended(command: list[str]) -> int:
@@ -80,28 +70,27 @@ def main() -> None:
             raise Preempted(f"the run with seed {seed} was stopped; the same command goes on from there")
         if code:
             raise RunError(f"the run with seed {seed} ended with code {code}; its message stands above")
-        trail = Trail(workdir)
-        runs.append({"seed": seed, "entries": [entry.figures() for entry in trail.entries]})
-        try:
-            entry, dense = trail.pick(max_top1_drop=config.max_top1_drop), trail.dense
-        except TrailError as error:
-            raise RunError(str(error)) from error
-        runs[-1]["picked"] = {
-            "epoch": entry.epoch,
-            "compression": entry.compression,
-            "top1": entry.top1,
-            "drop": dense.top1 - entry.top1,
-        }
-        runs[-1]["largest_gap"] = max(abs(e["gap"]) for e in runs[-1]["entries"])
-    picked = [run["picked"] for run in runs]
-    mean = {name: statistics.mean(p[name] for p in picked) for name in ("compression", "top1", "drop")} | {
+        runs.append({"seed": seed} | figures(Trail(workdir).entries))
+    mean = {name: statistics.mean(run["last"][name] for run in runs) for name in ("compression", "top1", "drop")} | {
         "largest_gap": max(run["largest_gap"] for run in runs)
     }
     command = " ".join([PROG, *map(shlex.quote, sys.argv[1:])])
     write_json(out, {"command": command, "mean": mean, "runs": runs})
-    for run, p in zip(runs, picked, strict=True):
-        print(f"seed {run['seed']}: {p['compression']:.2f}x, {p['drop']:+.2f} points below dense, epoch {p['epoch']}")
-    print(f"mean: {mean['compression']:.2f}x, {mean['drop']:+.2f} points below dense; written to {out}")
+    for run in runs:
+        print(f"seed {run['seed']}: {run['last']['compression']:.2f}×, {run['last']['drop']:+.2f} points below dense")
+    spread = f" ± {statistics.stdev(run['last']['drop'] for run in runs):.2f}" if len(runs) > 1 else ""
+    print(f"mean: {mean['compression']:.2f}×, {mean['drop']:+.2f}{spread} points below dense; written to {out}")
+
+
+def figures(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What is kept of a finished trail: its last network, the largest hardening gap on the way, and all entries."""
+    dense, last = entries[0], entries[-1]
+    rows = [entry.figures() for entry in entries]
+    return {
+        "last": {"compression": last.compression, "top1": last.top1, "drop": dense.top1 - last.top1},
+        "largest_gap": max(abs(row["gap"]) for row in rows),
+        "entries": rows,
+    }
 
 
 if __name__ == "__main__":
