@@ -33,8 +33,6 @@ from ltp_jax.pruner import Pruner, dense
 from ltp_jax.sharding import jit_beginning, jit_step, make_mesh
 from ltp_jax.training import TrainState, create_state, cross_entropy, make_train_step
 
-COMPILE_TIMEOUT = 7200.0  # the slowest step of a preset took 8 minutes on two cores; others may be slower, or busy
-
 
 class CompileError(Exception):
     """A step that could not be compiled. The message says why."""
@@ -63,7 +61,6 @@ class Step:
       image_shape: ``(height, width, channels)``.
       train_size: images of an epoch.
       fsdp: devices that each parameter is split over.
-      topology: the slice, such as ``v5e:4x4``.
       beginning: to compile what makes the state of a run from a dense network, in place of a step.
     """
 
@@ -73,7 +70,6 @@ class Step:
     image_shape: tuple[int, int, int]
     train_size: int
     fsdp: int
-    topology: str
     beginning: bool = False
 
 
@@ -159,11 +155,12 @@ COMPILER_ONLY = {
 }
 
 
-def compile_step(step: Step, timeout: float) -> Figures:
+def compile_step(step: Step, slice_name: str, timeout: float) -> Figures:
     """Compiles a step in a process of its own.
 
     Args:
       step: what to compile.
+      slice_name: the slice that it is compiled for, such as ``v5e:4x4``.
       timeout: seconds that it may take.
 
     Raises:
@@ -178,7 +175,7 @@ def compile_step(step: Step, timeout: float) -> Figures:
         request.write_bytes(cloudpickle.dumps(step))
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "experiments.ahead_of_time", str(request), str(answer)],
+                [sys.executable, "-m", "experiments.ahead_of_time", str(request), slice_name, str(answer)],
                 env=os.environ | COMPILER_ONLY,
                 cwd=Path(__file__).parent.parent,
                 capture_output=True,
@@ -186,7 +183,7 @@ def compile_step(step: Step, timeout: float) -> Figures:
                 timeout=timeout,
             )
         except subprocess.TimeoutExpired as error:
-            raise TooSlow(f"the compilation for {step.topology} did not end within {timeout:g} s") from error
+            raise TooSlow(f"the compilation for {slice_name} did not end within {timeout:g} s") from error
         if not answer.exists():
             raise CompileError(f"the compiler ended with code {done.returncode}: {_last_line(done.stderr)}")
         found = json.loads(answer.read_text())
@@ -212,9 +209,9 @@ def slice_mesh(name: str, fsdp: int) -> jax.sharding.Mesh:
     return make_mesh(fsdp, devices)
 
 
-def measure(step: Step) -> Figures:
-    """Compiles a step, or a beginning, in this process, for the chips of its slice."""
-    mesh = slice_mesh(step.topology, step.fsdp)
+def measure(step: Step, slice_name: str) -> Figures:
+    """Compiles a step, or a beginning, in this process, for the chips of a slice."""
+    mesh = slice_mesh(slice_name, step.fsdp)
     function, *arguments = abstract_beginning(step, mesh) if step.beginning else abstract_step(step, mesh)
     lowered = function.lower(*arguments)
     start = time.monotonic()
@@ -244,10 +241,10 @@ def _last_line(text: str) -> str:
     return lines[-1][:300] if lines else "it said nothing"
 
 
-def _main(request: str, answer: str) -> None:
+def _main(request: str, slice_name: str, answer: str) -> None:
     step: Step = pickle.loads(Path(request).read_bytes())
     try:
-        found = dataclasses.asdict(measure(step))
+        found = dataclasses.asdict(measure(step, slice_name))
     except Exception as error:  # whatever the compiler raises is told to the process that asked
         found = {"error": " ".join(str(error).split())[:2000]}
     Path(answer).write_text(json.dumps(found))

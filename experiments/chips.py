@@ -6,6 +6,9 @@ import re
 
 from experiments.options import ConfigError
 
+COMPILE_TIMEOUT = 7200.0
+"""Seconds. The slowest step of a preset took 8 minutes on two cores; others may be slower, or busy."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -33,7 +33,7 @@ PRODUCTS = {
 }
 
 
-def trials(method: str, train: TrainConfig, compression: int = 32) -> list[Trial]:
+def trials(method: str, train: TrainConfig, compression: int) -> list[Trial]:
     """The first nine settings of a method, around the network's own rate and weight decay.
 
     They are the same at all compressions of tuning, but for the decays of STR, which decide how much it prunes.
@@ -92,7 +92,7 @@ def borrowed(method: str, trial: Trial) -> Trial:
     return dataclasses.replace(trial, select=select, leak=leak_of(method))
 
 
-def further_trials(method: str, train: TrainConfig, best: Trial, compression: int = 32) -> list[Trial]:
+def further_trials(method: str, train: TrainConfig, best: Trial, compression: int) -> list[Trial]:
     """Six more, from the best of the nine: at rates farther from the network's own, or other first values of ``s``.
 
     Args:

@@ -79,7 +79,6 @@ def report(
             image_shape=shape,
             train_size=train_size,
             fsdp=config.mesh.fsdp,
-            topology=topology.name,
         )
         for name, method in (("ltp", config.ltp), ("dense", None)):
             console.print(f"compiling the {name} step for {topology.name}, which may take minutes …", highlight=False)
@@ -191,7 +190,7 @@ def _entropy_bits(n: int, kept: float) -> float:
 
 def _compile(step: Step, topology: Topology, facts: dict[str, Any], timeout: float) -> Figures:
     try:
-        return compile_step(step, timeout)
+        return compile_step(step, topology.name, timeout)
     except DoesNotFit as error:
         largest = _largest_batch(step, topology, facts, error, timeout)
         raise ConfigError(
@@ -204,7 +203,7 @@ def _compile(step: Step, topology: Topology, facts: dict[str, Any], timeout: flo
 
 def _compile_beginning(step: Step, topology: Topology, timeout: float) -> Figures:
     try:
-        return compile_step(dataclasses.replace(step, beginning=True), timeout)
+        return compile_step(dataclasses.replace(step, beginning=True), topology.name, timeout)
     except DoesNotFit as error:
         raise ConfigError(
             f"what LTP begins with does not fit into the {topology.chip.memory / 2**30:.0f} GiB of a "
@@ -237,7 +236,8 @@ def _largest_batch(step: Step, topology: Topology, facts: dict[str, Any], error:
         guess = min(max(guess, low + 1), high - 1)
         batch = guess * unit * topology.chips
         try:
-            compile_step(dataclasses.replace(step, train=dataclasses.replace(step.train, batch_size=batch)), timeout)
+            train = dataclasses.replace(step.train, batch_size=batch)
+            compile_step(dataclasses.replace(step, train=train), topology.name, timeout)
             low, guess = guess, guess + stride
         except DoesNotFit:
             high, guess = guess, guess - stride

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from experiments.ahead_of_time import COMPILE_TIMEOUT
+from experiments.chips import COMPILE_TIMEOUT
 from experiments.config import Config, LtpConfig, TrainConfig
 from experiments.options import ConfigError, require, require_local
 from ltp_jax import models, pretrained

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from experiments.config import Config
 from experiments.ending import RunError
 from experiments.options import ConfigError
@@ -30,7 +32,7 @@ def of_a_job(config: Config) -> dict[str, Any]:
     """The options that all processes of a job have to have, by their names."""
     return {
         name: value
-        for name, value in _flat(to_json(config)).items()
+        for name, value in flatten_dict(to_json(config), sep=".").items()
         if name not in OF_A_PROCESS and not name.startswith("distributed.")
     }
 
@@ -79,11 +81,10 @@ def record(
             free.update(f"pretrain.{name}" for name in new["pretrain"])
         changed = [
             f"--{key.replace('_', '-')} {how}"
-            for key, how in differences(_flat(old), _flat(new)).items()
+            for key, how in differences(flatten_dict(old, sep="."), flatten_dict(new, sep=".")).items()
             if key not in free and key != "weights" and not key.startswith(("distributed.", "images."))
         ]
-        if isinstance(old.get("images"), dict):  # records of earlier versions have none
-            changed += [f"its images, {key}: {how}" for key, how in differences(old["images"], images).items()]
+        changed += [f"its images, {key}: {how}" for key, how in differences(old.get("images") or {}, images).items()]
         if weights and "pretrained" not in free:
             changed.append("--pretrained has other weights now")
         if changed:
@@ -138,13 +139,6 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    items = {}
-    for key, value in tree.items():
-        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return items
 
 
 @contextlib.contextmanager

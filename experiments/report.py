@@ -76,7 +76,7 @@ def terminal_table(trail: Trail, width: int) -> Table:
 
     All figures fit into 80 columns; a narrower terminal gets the most important ones.
     """
-    front = {entry.epoch for entry in trail.pareto()}
+    front = {entry.epoch for entry in pareto(trail.entries)}
     dense = trail.dense.top1
     rows = [
         {

@@ -123,7 +123,7 @@ def check_options(
     network = jax.eval_shape(lambda: init_network(module, dataset.image_shape, config.seed))
     plan = ltp.plan(network["params"])
     uses = network_uses(module, dataset.image_shape, plan)
-    make_pruner(config, plan, uses, dataset)
+    ltp_pruner(config.ltp, plan, config.train.steps(dataset.train_size), uses)
     if config.dense is not None:
         # What Orbax says of a directory that it did not write helps nobody.
         if config.dense.is_dir() and not holds_network(config.dense):
@@ -148,11 +148,6 @@ def check_weights(params: Any, plan: ltp.Plan, config: LtpConfig) -> None:
         ltp.init(params, plan, config.temperature)  # here, since under jit it cannot look at values
     except ValueError as error:
         raise ConfigError(f"the dense network cannot be pruned: {error}") from error
-
-
-def make_pruner(config: Config, plan: ltp.Plan, uses: Mapping[str, float], dataset: Dataset) -> Pruner:
-    """LTP as the options have it, for this network and this many images."""
-    return ltp_pruner(config.ltp, plan, config.train.steps(dataset.train_size), uses)
 
 
 def dense_network(trainer: Trainer, start: Start | None) -> tuple[Any, Any]:
@@ -232,7 +227,7 @@ def prune(trainer: Trainer, params: Any, batch_stats: Any, uses: Mapping[str, fl
     plan = ltp.plan(params)
     log.info("plan:\n%s", plan)
     check_weights(params, plan, config.ltp)
-    pruner = make_pruner(config, plan, uses, trainer.dataset)
+    pruner = ltp_pruner(config.ltp, plan, config.train.steps(trainer.dataset.train_size), uses)
     optimizer = weights_optimizer(config.train, config.train.steps_per_epoch(trainer.dataset.train_size))
     with (
         contextlib.closing(Trail(config.workdir / "trail", create=True)) as trail,

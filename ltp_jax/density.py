@@ -82,7 +82,7 @@ def exact_thresholds(
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
     A density is met to one weight, or to one in a million where there are more. Each threshold is moved half way to the
-    smallest weight that it keeps: it would else be the size of a weight, whose soft mask would be a half where its hard
+    smallest weight that it keeps: it would otherwise be the size of a weight, whose soft mask would be a half where its hard
     mask is zero. Weights of exactly one size are kept or pruned together, so that where there are many of them fewer
     weights are left; the largest of a layer are always kept.
 
@@ -221,10 +221,10 @@ def _counts(w: jax.Array, thresholds: Sequence[jax.Array]) -> tuple[tuple[jax.Ar
     """How many weights of each layer lie above each threshold, and the largest ``w²``, float32 of a threshold's shape.
 
     For a CPU it is one reduction of several operands, since XLA would write each mask to memory before it sums it up,
-    which takes twenty times as long. The counts are int32 there: a float32 sum of ones stops at 2²⁴. Elsewhere, as that
-    reduction costs a TPU more than separate ones, they are sums of float32, of which there a great many partial ones
-    are added up in the end. XLA makes one pass of them, of the thresholds' gradients and of the optimizer's step, and
-    would make another of sums of integers.
+    which takes twenty times as long. The counts are int32 there: a float32 sum of ones stops at 2²⁴. Elsewhere they are
+    sums of float32, each made of a great many partial sums, since that reduction costs a TPU more than separate ones.
+    XLA makes one pass of them, of the thresholds' gradients and of the optimizer's step, and would make another of sums
+    of integers.
     """
 
     def together(square: jax.Array, *masks: jax.Array) -> tuple[jax.Array, ...]:

@@ -32,7 +32,7 @@ def temperature(w: jax.Array, t0: ArrayLike, shape: tuple[int, ...] = ()) -> jax
 
 
 def layer_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The axes that one layer has of a tensor whose thresholds have this shape; None for all."""
+    """The axes within one layer, by the shape of the tensor's thresholds; None means all axes."""
     return tuple(axis for axis, n in enumerate(shape) if n == 1) if shape else None
 
 
@@ -82,6 +82,7 @@ def soft_threshold(
     w: jax.Array,
     threshold: jax.Array,
     temperature: jax.Array,
+    *,
     exact_gradient: bool = False,
     l0_to_weights: bool = False,
     leak: ArrayLike = 0.0,

@@ -1,6 +1,6 @@
 """LTP to a penalty, as in the paper: thresholds are trained with the weights on ``L + λ Σ_l L0_l``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import flax.struct
@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.typing import ArrayLike
 
 from ltp_jax import method, transform
 from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
 from ltp_jax.selection import Plan
 from ltp_jax.transform import PruneState, Scalars
 from ltp_jax.trees import named_leaves
-
-Schedule = Callable[[ArrayLike], ArrayLike]
-"""A scalar as a function of the training step."""
 
 
 class LearnedThresholdState(flax.struct.PyTreeNode):
@@ -33,7 +29,7 @@ class LearnedThresholdState(flax.struct.PyTreeNode):
 
 def learned_thresholds(
     plan: Plan,
-    penalty: Schedule,
+    penalty: optax.Schedule,
     optimizer: optax.GradientTransformation,
     *,
     learn_steps: int,

@@ -153,10 +153,6 @@ class Trail:
             raise TrailError(f"the trail in {self.path} lacks the dense network, entry 0")
         return entries[0]
 
-    def pareto(self) -> tuple[Entry, ...]:
-        """The entries that no other beats in both compression and top-1, by rising compression."""
-        return pareto(self.entries)
-
     def pick(self, *, min_compression: float | None = None, max_top1_drop: float | None = None) -> Entry:
         """The entry that meets the request best.
 

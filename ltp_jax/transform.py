@@ -139,7 +139,9 @@ def soft_prune_and_count(
         if path not in state.temperatures:
             raise ValueError(f"the state has a threshold for {path} and no temperature")
         tau, temperature = jnp.broadcast_arrays(_threshold(path, w, state), state.temperatures[path])
-        pruned, counts[path] = method.soft_threshold(w, tau, temperature, exact_gradient, l0_to_weights, leak)
+        pruned, counts[path] = method.soft_threshold(
+            w, tau, temperature, exact_gradient=exact_gradient, l0_to_weights=l0_to_weights, leak=leak
+        )
         return pruned
 
     return map_selected(prune, params, state.thresholds), counts
@@ -290,21 +292,17 @@ def summarize(params: Params, state: PruneState) -> Summary:
     """Counts what ``hard_prune`` leaves, per tensor and in total. Works on traced values; printing needs real ones.
 
     Of many networks at once, by ``jax.vmap``, take the summary of one, ``jax.tree.map(lambda x: x[0], summaries)``,
-    before you ask it for anything: its arrays are else those of a stack of layers.
+    before you ask it for anything: its arrays are otherwise those of a stack of layers.
 
     Raises:
       ValueError: if a tensor of the state is not in ``params``, or its thresholds are of another shape.
     """
-    leaves = dict(named_leaves(params))
-    missing = [path for path in state.thresholds if path not in leaves]
-    if missing:
-        raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
-    tensors = {
-        path: TensorSummary(
-            weights=leaves[path].size // threshold.size,
-            kept=method.count(leaves[path], threshold),
-            threshold=threshold,
-        )
-        for path, threshold in ((path, _threshold(path, leaves[path], state)) for path in state.thresholds)
-    }
-    return Summary(tensors, unpruned=sum(leaf.size for path, leaf in leaves.items() if path not in tensors))
+    tensors: dict[str, TensorSummary] = {}
+
+    def count(path: str, w: jax.Array) -> jax.Array:
+        tau = _threshold(path, w, state)
+        tensors[path] = TensorSummary(weights=w.size // tau.size, kept=method.count(w, tau), threshold=tau)
+        return w
+
+    map_selected(count, params, state.thresholds)
+    return Summary(tensors, unpruned=sum(w.size for path, w in named_leaves(params) if path not in tensors))

@@ -12,7 +12,7 @@ Params = Any
 def named_leaves(tree: Params) -> Iterator[tuple[str, Any]]:
     """Yields path and leaf of every tensor: ``"stem/conv/kernel"``, for Linen and NNX alike."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield path_name(keys), leaf
+        yield _path_name(keys), leaf
 
 
 def map_selected(
@@ -29,7 +29,7 @@ def map_selected(
     met = set()
 
     def visit(keys, w):
-        path = path_name(keys)
+        path = _path_name(keys)
         if path not in paths:
             return otherwise(w)
         met.add(path)
@@ -42,7 +42,7 @@ def map_selected(
     return result
 
 
-def path_name(keys: tuple[Any, ...]) -> str:
+def _path_name(keys: tuple[Any, ...]) -> str:
     """The path of a leaf as a string. The box of an NNX variable or of Linen metadata is no part of it.
 
     A field named ``value`` of a tuple or dataclass is taken for such a box: its path is that of what it is a field of.

@@ -98,7 +98,7 @@ def test_file_of_something_else_is_refused_before_anything_is_measured(tmp_path,
 def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
     compiled = []
 
-    def compile_step(step, timeout):
+    def compile_step(step, slice_name, timeout):
         compiled.append(step.ltp)
         return Figures(flops=1.0, bytes_accessed=1.0, peak_bytes=1, collectives={}, compile_seconds=1.0)
 
@@ -110,7 +110,7 @@ def test_compiled_steps_are_added_and_not_compiled_again(tmp_path, monkeypatch):
 
 
 def test_steps_that_are_not_compiled_are_an_error_after_the_others(tmp_path, monkeypatch, capsys):
-    def compile_step(step, timeout):
+    def compile_step(step, slice_name, timeout):
         if step.ltp is None:
             raise CompileError("no memory")
         return Figures(flops=1.0, bytes_accessed=1.0, peak_bytes=1, collectives={}, compile_seconds=1.0)

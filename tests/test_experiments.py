@@ -259,7 +259,7 @@ def test_tensorboard_is_told_from_which_step_a_stage_goes_on(tmp_path, first):
 
 def test_a_damaged_dense_network_is_told_with_the_remedy(finished, tmp_path):
     shutil.copytree(finished / "dense", tmp_path / "dense")
-    write_json(tmp_path / "config.json", to_json(tiny(tmp_path)))
+    write_json(tmp_path / "config.json", to_json(tiny(tmp_path)) | {"images": IMAGES})
     for path in (tmp_path / "dense").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(TrailError, match=f"dense cannot be read: it is damaged.*; remove {tmp_path / 'dense'}, and"):
@@ -399,7 +399,7 @@ def test_dense_network_with_a_tensor_that_cannot_be_pruned_is_refused(finished, 
     with pytest.raises(ConfigError, match=message):
         start(tiny(tmp_path / "run", dense=tmp_path / "given" / "dense"))
     assert not (tmp_path / "run").exists()
-    write_json(tmp_path / "given" / "config.json", to_json(tiny(tmp_path / "given")))
+    write_json(tmp_path / "given" / "config.json", to_json(tiny(tmp_path / "given")) | {"images": IMAGES})
     with pytest.raises(ConfigError, match=message):  # as if it had been trained there
         start(tiny(tmp_path / "given"))
     assert not (tmp_path / "given" / "trail").exists()
@@ -437,13 +437,13 @@ def test_options_without_a_meaning_may_change_on_resuming(tmp_path):
     ):
         config = tiny(tmp_path / str(ltp.penalty), ltp=ltp)
         (config.workdir / "trail" / "0").mkdir(parents=True)
-        write_json(config.workdir / "config.json", to_json(config))
+        write_json(config.workdir / "config.json", to_json(config) | {"images": IMAGES})
         record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **idle)), images=IMAGES)
         with pytest.raises(ConfigError, match=f"--ltp.{next(iter(used))} was"):
             record(dataclasses.replace(config, ltp=dataclasses.replace(ltp, **used)), images=IMAGES)
     taken = tiny(tmp_path, dense=Path("/other/dense"))
     (tmp_path / "trail" / "0").mkdir(parents=True)
-    write_json(tmp_path / "config.json", to_json(taken))
+    write_json(tmp_path / "config.json", to_json(taken) | {"images": IMAGES})
     other = dataclasses.replace(taken, pretrain=TrainConfig(epochs=9, batch_size=128, learning_rate=0.1))
     with pytest.raises(ConfigError, match=r"--pretrain\.epochs was"):
         record(other, images=IMAGES)
@@ -457,10 +457,6 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"other options or data: its images, training: was 1000, is 999\. Choose"):
         record(config, images=IMAGES | {"training": 999})
     record(config, images=IMAGES)
-    of_earlier_versions = to_json(config)
-    write_json(tmp_path / "config.json", of_earlier_versions)
-    record(config, images=IMAGES)
-    assert json.loads((tmp_path / "config.json").read_text()) == of_earlier_versions | {"images": IMAGES}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", None])

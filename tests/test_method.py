@@ -154,11 +154,7 @@ def pullback(g, lam, w=W, tau=TAU, t=T, **options):
     """The gradients of ``Σ g·v + λ·L0`` with respect to weights and threshold."""
 
     def loss(w, tau):
-        pruned, count = method.soft_threshold(w, tau, jnp.float32(t), *_flags(**options))
+        pruned, count = method.soft_threshold(w, tau, jnp.float32(t), **options)
         return jnp.sum(g * pruned) + lam * count
 
     return jax.grad(loss, (0, 1))(jnp.asarray(w), jnp.float32(tau))
-
-
-def _flags(exact_gradient=False, l0_to_weights=False, leak=0.0):
-    return exact_gradient, l0_to_weights, leak

@@ -1,5 +1,7 @@
 """Layers that are stacked in one tensor, beside the same layers in tensors of their own."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -188,15 +190,16 @@ def test_every_layer_of_a_stack_needs_a_weight():
 def test_gradients_of_a_stack_are_those_of_its_layers():
     w = jax.random.normal(jax.random.key(0), (DEPTH, 5, 7))
     tau, temperature = jnp.array([0.2, 0.5, 1.0]), jnp.array([0.1, 0.2, 0.3])
+    prune = functools.partial(method.soft_threshold, exact_gradient=True, l0_to_weights=True, leak=0.3)
 
     def loss(v, count):
         return jnp.sum(v**3) + 0.3 * jnp.sum(count * jnp.array([1.0, 2.0, 3.0]).reshape(count.shape))
 
     def of_stack(w, tau):
-        return loss(*method.soft_threshold(w, tau[:, None, None], temperature[:, None, None], True, True, 0.3))
+        return loss(*prune(w, tau[:, None, None], temperature[:, None, None]))
 
     def of_layers(w, tau):
-        return loss(*jax.vmap(lambda *args: method.soft_threshold(*args, True, True, 0.3))(w, tau, temperature))
+        return loss(*jax.vmap(prune)(w, tau, temperature))
 
     chex.assert_trees_all_close(jax.grad(of_stack, (0, 1))(w, tau), jax.grad(of_layers, (0, 1))(w, tau), rtol=1e-5)
 

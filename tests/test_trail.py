@@ -86,7 +86,7 @@ def test_plain_orbax_reads_an_entry(path):
 
 
 def test_pareto_set(path):
-    assert [e.epoch for e in Trail(path).pareto()] == [0, 1, 3, 4]
+    assert [e.epoch for e in pareto(Trail(path).entries)] == [0, 1, 3, 4]
     # Of two that are equal in both, one is enough.
     assert len(pareto((entry(1, 4.0, 89.0), entry(2, 4.0, 89.0)))) == 1
     # One of which nothing is known beats none.

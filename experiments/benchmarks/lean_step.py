@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.ahead_of_time import COMPILE_TIMEOUT, CompileError, Step, abstract_step, compile_step
+from experiments.ahead_of_time import CompileError, Step, abstract_step, compile_step
 from experiments.benchmarks.rows import PAPER, check_arch, read, write
-from experiments.chips import topology
+from experiments.chips import COMPILE_TIMEOUT, topology
 from experiments.config import LtpConfig, TrainConfig
 from experiments.data.photographs import usable_cores
 from experiments.ending import RunError, require_device, run_command
@@ -106,7 +106,7 @@ class Time:
         require(self.steps >= 1, "--steps", self.steps, "at least 1")
 
 
-def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, slice_name: str) -> Step:
+def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any) -> Step:
     """The step of an ImageNet run, dense or pruning, or the beginning of one."""
     spec = models.spec(arch)
     return Step(
@@ -118,7 +118,6 @@ def training_step(arch: str, method: str, *, size: int, batch: int, dtype: Any, 
         image_shape=(size, size, spec.channels),
         train_size=IMAGENET_TRAIN_SIZE,
         fsdp=1,
-        topology=slice_name,
         beginning=method == "beginning",
     )
 
@@ -139,16 +138,9 @@ def run_compile(options: Compile) -> None:
                 print(f"{arch} {method}: is in {options.out}", flush=True)
                 continue
             size = models.spec(arch).input_size
-            step = training_step(
-                arch,
-                method,
-                size=size,
-                batch=chips * options.images_per_chip,
-                dtype=jnp.bfloat16,
-                slice_name=options.topology,
-            )
+            step = training_step(arch, method, size=size, batch=chips * options.images_per_chip, dtype=jnp.bfloat16)
             try:
-                figures = dataclasses.asdict(compile_step(step, options.timeout))
+                figures = dataclasses.asdict(compile_step(step, options.topology, options.timeout))
             except CompileError as error:
                 print(f"{arch} {method}: {error}", flush=True)
                 failed += 1
@@ -190,9 +182,7 @@ def run_time(options: Time) -> None:
     rng = np.random.default_rng(0)
     running: dict[str, tuple[Any, Any, Any]] = {}
     for method in COMPARED:
-        step = training_step(
-            options.arch, method, size=size, batch=options.batch_size, dtype=jnp.float32, slice_name="none"
-        )
+        step = training_step(options.arch, method, size=size, batch=options.batch_size, dtype=jnp.float32)
         function, state, batch = abstract_step(step, mesh)
         running[method] = function, _fill(state, rng), _fill(batch, rng)
     seconds: dict[str, list[float]] = {method: [] for method in COMPARED}

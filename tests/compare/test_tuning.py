@@ -90,7 +90,7 @@ def tune(monkeypatch, tmp_path):
 
 
 def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
-    nine = settings.trials("gmp_global", TRAIN_5)
+    nine = settings.trials("gmp_global", TRAIN_5, 32)
     options = {"arch": "lenet5", "methods": ("gmp_global",), "tuning_seeds": (3,)}
     config, ran = tune(lambda place, trial: 90.0 if place == 5 else 80.0, **options)
     assert [trial for *_, trial in ran[:9]] == nine
@@ -102,7 +102,7 @@ def test_tuning_tries_nine_settings_and_six_around_the_best(tune):
     assert tune(lambda *_: pytest.fail("was run again"), **options)[1] == []
     # All of them may be chosen.
     assert [cell["trial"] for cell in compare.tuning(config, ("gmp_global",))] == [
-        dataclasses.asdict(trial) for trial in (*nine, *settings.further_trials("gmp_global", TRAIN_5, nine[5]))
+        dataclasses.asdict(trial) for trial in (*nine, *settings.further_trials("gmp_global", TRAIN_5, nine[5], 32))
     ]
     # If another of the nine is the best, the six are others.
     write_json(
@@ -154,7 +154,7 @@ def test_every_method_has_the_same_number_of_trials():
 )
 def test_further_trials(method, best, expected):
     best = settings.Trial(**({"learning_rate": 0.02, "weight_decay": 7e-3} | best))
-    found = settings.further_trials(method, TRAIN_5, best)
+    found = settings.further_trials(method, TRAIN_5, best, 32)
     rows = [(t.learning_rate, t.prune, t.select, t.initial, t.weight_decay) for t in found]
     np.testing.assert_allclose(rows, expected)
     assert {t.leak for t in found} == {best.leak}
@@ -408,7 +408,7 @@ def test_a_search_takes_the_nearest_of_five(tmp_path, searched):
 def test_the_table_of_tuning_is_in_the_order_of_the_places(tmp_path, tune, monkeypatch, compared):
     config, _ = tune(lambda place, trial: 80.0 + place, methods=("ltp", "gmp_global"), tuning_seeds=(0,))
     # Whether all fifteen are there or not, and a grid.
-    missing = settings.Setting(32, 4, settings.trials("ltp", compare_networks.NETWORKS["lenet_300_100"].train)[4])
+    missing = settings.Setting(32, 4, settings.trials("ltp", compare_networks.NETWORKS["lenet_300_100"].train, 32)[4])
     compare.tuning_file(config, "ltp", missing, 0).unlink()
     figures = {"compression": 8, "seed": 0, "top1": 90.0, "achieved": 8.0, "dense_top1": 91.0}
     way = {"densities": {"head/kernel": 0.1}, "epochs": [{"compression": 8.0}], "epochs_trained": 1}

@@ -73,7 +73,7 @@ def test_mesh_of_each_kind_of_slice():
 def test_batch_that_does_not_fit_is_refused_with_the_largest(tmp_path, monkeypatch, mebibytes):
     """A compiler that takes up to 1,000 images a chip, whatever it said that an image needs."""
 
-    def compile_step(step, timeout):
+    def compile_step(step, slice_name, timeout):
         images = step.train.batch_size // 4
         tried.append(images)
         if images > 1000:
@@ -88,7 +88,7 @@ def test_batch_that_does_not_fit_is_refused_with_the_largest(tmp_path, monkeypat
 
 
 def test_beginning_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    def compile_step(step, timeout):
+    def compile_step(step, slice_name, timeout):
         if step.beginning:
             raise DoesNotFit("RESOURCE_EXHAUSTED", needed=None)
         return Figures(flops=1, bytes_accessed=1, peak_bytes=1, collectives={}, compile_seconds=1)
@@ -100,7 +100,7 @@ def test_beginning_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 
 
 def test_batch_that_never_fits_is_refused(tmp_path, monkeypatch):
-    def compile_step(step, timeout):
+    def compile_step(step, slice_name, timeout):
         raise DoesNotFit("RESOURCE_EXHAUSTED", needed=None)
 
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
