@@ -82,9 +82,9 @@ def exact_thresholds(
     """The thresholds ``(m · exp(a_l))²`` with the smallest ``m`` that leaves no more than a density; no layer is empty.
 
     A density is met to one weight, or to one in a million where there are more. Each threshold is moved half way to the
-    smallest weight that it keeps: it would otherwise be the size of a weight, whose soft mask would be a half where its hard
-    mask is zero. Weights of exactly one size are kept or pruned together, so that where there are many of them fewer
-    weights are left; the largest of a layer are always kept.
+    smallest weight that it keeps: otherwise it would be the size of a weight, whose soft mask would be a half where its
+    hard mask is zero. Weights of exactly one size are kept or pruned together, so that where there are many of them
+    fewer weights are left; the largest of a layer are always kept.
 
     Args:
       params: the parameters.

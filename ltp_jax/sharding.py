@@ -38,7 +38,8 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """A sharding for every array of a state: replicated, or split over the ``fsdp`` axis where there is one.
 
     An array is split along its largest dimension that the axis divides; small arrays stay whole. Give it to ``jax.jit``
-    as ``in_shardings`` and ``out_shardings``: XLA may otherwise split small arrays, and the second step is compiled anew.
+    as ``in_shardings`` and ``out_shardings``: otherwise XLA may split small arrays, and the second step is compiled
+    anew.
     """
     n = mesh.shape["fsdp"]
 

@@ -246,7 +246,7 @@ def room(offsets: jax.Array, log_scale: jax.Array, largest: jax.Array, short: ja
 
 
 def highest(largest: jax.Array) -> jax.Array:
-    """The highest ``log √τ_l`` that still leaves each layer its largest weight, a row; ``largest`` is its ``w²``, a row."""
+    """The highest ``log √τ_l`` that still leaves each layer its largest weight, from its ``w²``; rows."""
     # A thousandth, so that rounding leaves the threshold below; the least normal number, for a layer of zeros.
     return jnp.log(jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)) / 2 - 1e-3
 
