@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ltp_jax import method
 from ltp_jax.selection import Plan
 from ltp_jax.transform import Scalars
-from ltp_jax.trees import Params, map_selected, named_leaves
+from ltp_jax.trees import Params, map_selected, named_leaves, nnx_variables
 
 
 class Pruner(NamedTuple):
@@ -27,7 +27,8 @@ class Pruner(NamedTuple):
       soften: ``(params, thresholds, state, step) -> (pruned, penalty)``: the parameters that the network trains with
         and a scalar that is added to its loss. Differentiated in ``params`` and ``thresholds``.
       update: ``(grads, old_params, params, state, step) -> (params, state)``: called with the loss's gradients with
-        respect to the thresholds and the parameters before and after the optimizer's update.
+        respect to the thresholds and the parameters before and after the optimizer's update. ``nnx.Optimizer`` writes
+        to the parameters in place: ``jax.tree.map(lambda w: w, nnx.state(model, nnx.Param))`` keeps those before it.
       harden: ``(params, state) -> pruned``: the parameters that are handed over, with exact zeros. It is for those that
         were trained: ``ltp_jax.mask`` says what of their average is pruned.
     """
@@ -78,7 +79,15 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: Arra
       old_params: those before it.
       thresholds: ``τ`` before it, by path.
       fixed: whether the masks are, a bool scalar.
+
+    Raises:
+      ValueError: if both are the very same NNX variables, so that those before the step are lost.
     """
+    if nnx_variables(old_params) & nnx_variables(params):
+        raise ValueError(
+            "the parameters before the optimizer's step are the same NNX variables as those after it, which it wrote "
+            "to in place; keep jax.tree.map(lambda w: w, nnx.state(model, nnx.Param)) before the step"
+        )
     old = dict(named_leaves(old_params))
 
     def kept(path: str, w: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+from flax import nnx
 
 Params = Any
 """A pytree of arrays: a Linen parameter dict, an NNX ``State`` as ``nnx.state(model, nnx.Param)``, or any other."""
@@ -40,6 +41,12 @@ def map_selected(
     if missing:
         raise ValueError(f"the parameters lack {', '.join(missing)}, which the state prunes")
     return result
+
+
+def nnx_variables(tree: Params) -> set[int]:
+    """The ``id`` of every NNX variable in a tree: a ``State`` shares them with its model, which may write to them."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
 
 
 def _path_name(keys: tuple[Any, ...]) -> str:

@@ -502,6 +502,38 @@ def test_jit_and_no_jit_agree(variables):
     chex.assert_trees_all_close(plain.pruning.thresholds, compiled.pruning.thresholds, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_nnx_optimizer_writes_in_place(kept):
+    """So that the parameters before its step have to be kept, or what was pruned comes back by its momentum."""
+    model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    pruner = target_density(ltp.plan(nnx.state(model, nnx.Param)), 1 / 4, prune_steps=2, select_steps=4)
+
+    @nnx.jit
+    def step(model, optimizer, state, i):
+        graphdef, params = nnx.split(model)
+        old = jax.tree.map(lambda w: w, params) if kept else params
+
+        def loss(params, thresholds):
+            pruned, penalty = pruner.soften(params, thresholds, state, i)
+            return jnp.mean(nnx.merge(graphdef, pruned)(jnp.eye(8)) ** 2) + penalty
+
+        grads, threshold_grads = jax.grad(loss, (0, 1))(params, state.thresholds)
+        optimizer.update(model, grads)
+        params, state = pruner.update(threshold_grads, old, nnx.state(model, nnx.Param), state, i)
+        nnx.update(model, params)
+        return state
+
+    state = pruner.init(nnx.state(model, nnx.Param))
+    if not kept:
+        with pytest.raises(ValueError, match="are the same NNX variables as those after it, which it wrote"):
+            step(model, optimizer, state, 0)
+        return
+    for i in range(9):
+        state = step(model, optimizer, state, i)
+    assert jnp.count_nonzero(model.kernel[...]) == 16
+
+
 def test_linen_and_nnx_train_alike(variables):
     model = networks.NnxNet(nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
