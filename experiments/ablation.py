@@ -199,6 +199,7 @@ def main() -> None:
             raise ConfigError(
                 f"there are no runs in {config.results}: python -m experiments.ablation run --results={config.results}"
             )
+        require_writable("--pictures", config.pictures / "ablation_claims.png")
         (config.results / "table.md").write_text(markdown(cells))
         print(config.results / "table.md")
         draw_claims(cells, config.pictures / "ablation_claims.png")

@@ -281,7 +281,7 @@ def grid(config: CompareConfig, harness: Harness) -> None:
         if compression == round(compression):
             compression = round(compression)  # as those of the network are recorded; a command line has 32.0 for 32
         for method, trial in settings.items():
-            name = method if method == "dense" else f"{method}_{compression:g}"
+            name = method if method == "dense" else f"{method}_{compression}"
             cells = [(runs / f"{name}_{seed}.json", seed) for seed in config.seeds]
             if method == "str":
                 # Seeds that are added later have the decay of those that are there.
@@ -340,6 +340,7 @@ def main() -> None:
         if not compared and not tuned:
             raise ConfigError(f"there are no runs in {runs}: {command_for(config, 'run')}")
         if compared:
+            require_writable("--pictures", config.pictures / f"compare_{runs.name}.png")
             for path in compare_report.write(compared, runs, config.pictures):
                 print(path)
         if tuned:

@@ -21,6 +21,7 @@ from experiments.ending import RunError
 from experiments.imagenet_config import ImagenetConfig
 from experiments.options import ConfigError, require_writable
 from experiments.record import write_json
+from experiments.run import check_dense
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state
@@ -65,6 +66,8 @@ def report(
     plan = ltp.plan(network["params"])
     uses = network_uses(module, shape, plan)
     ltp_pruner(config.ltp, plan, train.steps(train_size), uses)
+    if config.dense is not None and config.dense.exists():
+        check_dense(config.dense, config, network, plan)
     path = config.workdir / "dry_run.json"
     require_writable("--workdir", path)
     facts = _facts(module, network, plan, uses, train, config.mesh, shape, devices, train_size)

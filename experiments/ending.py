@@ -1,6 +1,7 @@
 """How a command ends: exit codes, what a user is told of an error, and nobody who waits for a process that is gone."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -106,7 +107,9 @@ def explain(error: Exception) -> tuple[str, int]:
             START_AGAIN,
         )
     if isinstance(error, OSError):
-        return f"{error.filename or 'the system'}: {error.strerror or error}", 1
+        mend = "; what was saved before is whole: make room, or allow it to write, and give the same command again"
+        said = f"{error.filename or 'the system'}: {error.strerror or error}"
+        return said + mend * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)), 1
     if isinstance(error, DataError | TrailError | RunError):
         return str(error), 1
     if out_of_memory(error):

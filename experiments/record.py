@@ -28,6 +28,11 @@ OF_A_PROCESS = ("workdir", "data_dir", "tensorboard", "workers", "max_unreadable
 """Options that say where things lie for a process, and how it does its part."""
 
 
+CHECKPOINTS = ("pretrain", "trail", "resume")
+"""The folders of a run that have its checkpoints by number."""
+FOLDERS = (*CHECKPOINTS, "dense", "report")
+
+
 def of_a_job(config: Config) -> dict[str, Any]:
     """The options that all processes of a job have to have, by their names."""
     return {
@@ -60,8 +65,10 @@ def record(
 
     Raises:
       ConfigError: if the directory holds a run with other options or images, naming them, or one without a record of
-        them, or a file of somebody else's where the record would be.
+        them, or a file of somebody else's where the record would be; if it is a folder of another run.
     """
+    if config.workdir.name in FOLDERS and _is_record(config.workdir.parent / "config.json"):
+        raise ConfigError(f"--workdir is {config.workdir}, where another run keeps what is its own; choose another")
     path = config.workdir / "config.json"
     new = to_json(config) | {"images": dict(images)} | ({"weights": weights} if weights else {})
     if _was_begun(config):
@@ -100,7 +107,7 @@ def record(
 
 def _was_begun(config: Config) -> bool:
     """Whether a run has saved anything that another one would go on from."""
-    folders = (config.workdir / name for name in ("pretrain", "trail", "resume"))
+    folders = (config.workdir / name for name in CHECKPOINTS)
     return config.own_dense.is_dir() or any(any(folder.glob("[0-9]*")) for folder in folders)
 
 
@@ -109,11 +116,16 @@ def _of_somebody_else(config: Config) -> Path | None:
     if config.own_dense.is_file():
         return config.own_dense
     path = config.workdir / "config.json"
+    return path if _is_record(path) is False else None
+
+
+def _is_record(path: Path) -> bool | None:
+    """Whether a file is the record of a run; None if nothing is there, or a file that is no JSON."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return path if path.is_dir() else None
-    return None if isinstance(found, dict) and {"arch", "ltp"} <= found.keys() else path
+        return False if path.is_dir() else None
+    return isinstance(found, dict) and {"arch", "ltp"} <= found.keys()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -137,6 +149,9 @@ def write_whole(path: Path, text: str) -> None:
     try:
         temporary.write_text(text)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # it has none on a full disk, or that of a file that nobody knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

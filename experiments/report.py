@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from rich.markup import escape
 from rich.table import Table
 
@@ -154,8 +154,12 @@ def draw_layers(
     for i, layer in enumerate(layers):
         color = colormaps["plasma"](0.9 * i / max(len(layers) - 1, 1))
         axes.plot([e.epoch for e in entries], [v[layer] for v in values], ".-", color=color, linewidth=1.2, label=layer)
-    if any(v > 0 for row in values for v in row.values()):
+    if shown := [v for row in values for v in row.values() if v > 0]:
         axes.set_yscale("log")
+        if max(shown) < 30 * min(shown):  # powers of ten are too few ticks
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if entries:
         axes.set_xlim(entries[0].epoch - 0.5, entries[-1].epoch + 0.5)  # room for whole numbers, if it is one

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -98,7 +99,11 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
             trainer = Trainer(config, module, dataset, metrics, console, preempted)
             trail = prune(trainer, *dense_network(trainer, start), uses)
         if jax.process_index() == 0:
-            paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
+            try:
+                paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
+            except OSError as error:
+                error.filename = error.filename or str(config.workdir / "report")  # a picture has none on a full disk
+                raise
             console.print(report.terminal_table(trail, console.width))
             log.info("report: %s", paths["table"])
     return trail
@@ -125,16 +130,20 @@ def check_options(
     uses = network_uses(module, dataset.image_shape, plan)
     ltp_pruner(config.ltp, plan, config.train.steps(dataset.train_size), uses)
     if config.dense is not None:
-        # What Orbax says of a directory that it did not write helps nobody.
-        if config.dense.is_dir() and not holds_network(config.dense):
-            raise ConfigError(
-                f"--dense is {config.dense}, which holds no network of this project; accepted is the dense/ of another "
-                "run"
-            )
-        given = restore_network(config.dense)
-        check_network(given, network, config.dense, config.arch)
-        check_weights(given["params"], plan, config.ltp)
+        check_dense(config.dense, config, network, plan)
     return uses
+
+
+def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> None:
+    """Raises ConfigError or TrailError if a path has no dense network of these shapes that can be pruned."""
+    # What Orbax says of a directory that it did not write helps nobody.
+    if path.is_dir() and not holds_network(path):
+        raise ConfigError(
+            f"--dense is {path}, which holds no network of this project; accepted is the dense/ of another run"
+        )
+    given = restore_network(path)
+    check_network(given, network, path, config.arch)
+    check_weights(given["params"], plan, config.ltp)
 
 
 def trains_dense(config: Config, *, trained: bool) -> bool:
@@ -249,7 +258,14 @@ def prune(trainer: Trainer, params: Any, batch_stats: Any, uses: Mapping[str, fl
             keep(first(), 0)
         if resume.steps or latest < config.train.epochs:
             trainer.fit("prune", config.train, pruner, optimizer, network, resume, keep, settle=trail.wait)
-    return Trail(config.workdir / "trail")
+    trail = Trail(config.workdir / "trail")
+    if missing := sorted(set(range(config.train.epochs + 1)) - set(trail.epochs)):
+        log.warning(
+            "the trail has no entries of the epochs %s: they were removed, and the states that made them are gone; "
+            "only a run in another --workdir makes them anew",
+            ", ".join(map(str, missing)),
+        )
+    return trail
 
 
 def keeper(

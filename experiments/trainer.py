@@ -179,9 +179,12 @@ class Trainer:
         totals = {name: float(value) for name, value in jax.device_get(state.totals).items()}
         loss = totals["loss"] / totals["examples"]
         if not math.isfinite(loss):
+            flag, kept = "--train.learning-rate", f", with --dense={self.config.dense or self.config.own_dense}"
+            if stage == "pretrain":
+                flag, kept = "--pretrain.learning-rate", ""
             raise RunError(
-                f"the loss is {loss} at step {step} of {stage}; what was saved before is whole. Lower "
-                f"--{'pretrain' if stage == 'pretrain' else 'train'}.learning-rate and start in another --workdir"
+                f"the loss is {loss} at step {step} of {stage}; what was saved before is whole. Lower {flag} and start "
+                f"in another --workdir{kept}"
             )
         return {"loss": loss, "accuracy": 100 * totals["correct"] / totals["examples"]}
 

@@ -4,8 +4,10 @@ Nothing else here knows how Orbax is set up, and what it raises becomes one ``Tr
 """
 
 import contextlib
+import errno
 import glob
 import logging
+import os
 import re
 import tempfile
 from collections import Counter
@@ -262,9 +264,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # The names of the files that Orbax was at come first, however long.
+        plain = (said for code in (errno.ENOSPC, errno.EDQUOT) if (said := os.strerror(code)) in str(error))
         raise TrailError(
-            f"cannot write to {path}: {in_one_line(error)}; what was saved before is whole, and the same command goes "
-            "on from there once this is mended; if need be, make room or allow it to write"
+            f"cannot write to {path}: {next(plain, in_one_line(error))}; what was saved before is whole, and the same "
+            "command goes on from there once this is mended; if need be, make room or allow it to write"
         ) from error
 
 

@@ -123,7 +123,7 @@ class Trail:
 
     def __init__(self, path: str | Path, *, create: bool = False):
         path = checkpoint_path(path)
-        if (path / "trail").is_dir():
+        if (path / "trail").is_dir() and not ocp.utils.checkpoint_steps(path):
             path = path / "trail"
         if not path.is_dir() and not create:
             raise TrailError(f"there is no trail in {path}")
@@ -257,7 +257,7 @@ class Trail:
             except (OSError, ValueError, AttributeError, TypeError) as error:
                 raise TrailError(
                     f"entry {epoch} of {self.path} cannot be read: {in_one_line(error)}; the others can be once "
-                    f"{self.path / str(epoch)} is removed, and this one can be saved anew"
+                    f"{self.path / str(epoch)} is removed"
                 ) from error
         return self._read[epoch]
 

@@ -44,6 +44,8 @@ from ltp_jax.trail import Entry
         (input_pipeline, ["--data-dir=gs://bucket"], "^--data-dir is gs:/bucket; accepted is a path of this machine"),
         (seeds, ["--seeds"], "^--seeds is empty; accepted is one or more"),
         (seeds, ["--seeds", "1", "2", "1"], "^--seeds has one of them twice; accepted is each once"),
+        (seeds, ["--options=--workdir=a"], "^--options is --workdir=a; accepted is an option of the experiment but"),
+        (seeds, ["--out=/dev/null/a"], "^--out is /dev/null/a, which cannot be written: /dev/null is a file"),
         (seeds, ["--out=/"], "^--out is /, which cannot be written: Is a directory"),
         (targets, ["--seed=-1"], "^--seed has -1; accepted is 0 to 4294967295"),
         (targets, ["--out=/proc/a/r.json"], "^--out is /proc/a/r.json, which cannot be written: No such file"),
@@ -181,15 +183,14 @@ def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_pa
         str(tmp_path / "my runs"),
         "--options=--ltp.leak=0",
         "--options=--tensorboard",
-        "--options=--seed=7",
     ]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *words])
     seeds.main()
     written = json.loads((tmp_path / "my runs" / "digits.json").read_text())
     assert written["mean"]["top1"] == 50.0
     assert shlex.split(written["command"]) == ["python", "-m", "experiments.benchmarks.seeds", *words]
-    of_the_run = ["--seed", "3", "--workdir", str(tmp_path / "my runs" / "digits-3")]  # whatever else is asked for
-    assert commands[0][3:] == ["--ltp.leak=0", "--tensorboard", "--seed=7", *of_the_run]
+    of_the_run = ["--seed", "3", "--workdir", str(tmp_path / "my runs" / "digits-3")]
+    assert commands[0][3:] == ["--ltp.leak=0", "--tensorboard", *of_the_run]
 
 
 def test_a_run_of_seeds_that_is_to_stop_has_time_to_save(tmp_path):

@@ -1,8 +1,10 @@
 """Whole runs of the digits experiment, as a user starts them: what they write, how they resume, what they refuse."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments import report, trainer
+from experiments import ending, report, trainer
 from experiments import run as runs
 from experiments.config import LtpConfig, MeshConfig, TrainConfig, parse
 from experiments.console import MetricsWriter
@@ -38,7 +40,7 @@ from ltp_jax.sharding import make_mesh
 from ltp_jax.trail import Entry, Trail
 from tests.commands import ROOT, run_python
 
-IMAGES = {"training": 1000, "held out": 100, "classes": 10}
+IMAGES = {"training": 1257, "held out": 540, "classes": 10}  # of the digits
 
 
 def tiny(workdir, **changes):
@@ -371,6 +373,14 @@ def test_a_run_goes_on_when_a_broken_entry_was_removed(finished, tmp_path):
     assert "training starts over, and the entries that are there stay as they are" in told
 
 
+def test_an_entry_that_cannot_be_made_anew_is_told(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "trail" / "1")
+    assert start(tiny(tmp_path / "run")).epochs == (0, 2)
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert "WARNING the trail has no entries of the epochs 1: they were removed" in told
+
+
 @pytest.mark.parametrize("states", [True, False])
 def test_a_dense_entry_that_was_removed_is_made_anew_and_nothing_trained(finished, tmp_path, states):
     shutil.copytree(finished, tmp_path / "run")
@@ -408,7 +418,7 @@ def test_dense_network_with_a_tensor_that_cannot_be_pruned_is_refused(finished, 
 def test_loss_that_is_no_number_stops_the_run_and_loses_nothing(finished, tmp_path):
     config = tiny(tmp_path, dense=finished / "dense")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e30))
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+ of prune.*--train.learning-rate"):
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+ of prune.*--train.learning-rate .*--dense="):
         start(config)
     assert Trail(tmp_path).epochs == (0,)
     Trail(tmp_path).restore(Trail(tmp_path).dense)
@@ -454,7 +464,7 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
     config = tiny(tmp_path)
     record(config, images=IMAGES)
     (tmp_path / "dense").mkdir()
-    with pytest.raises(ConfigError, match=r"other options or data: its images, training: was 1000, is 999\. Choose"):
+    with pytest.raises(ConfigError, match=r"other options or data: its images, training: was 1257, is 999\. Choose"):
         record(config, images=IMAGES | {"training": 999})
     record(config, images=IMAGES)
 
@@ -505,6 +515,24 @@ def test_what_is_where_a_run_would_write_stays_as_it_is(tmp_path):
     (tmp_path / "b" / "config.json").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
         record(tiny(tmp_path / "b"), images=IMAGES)
+
+
+@pytest.mark.parametrize("folder", ["trail", "dense", "resume"])
+def test_a_run_does_not_write_where_another_keeps_what_is_its_own(finished, folder):
+    with pytest.raises(ConfigError, match=f"--workdir is .*/{folder}, where another run keeps what is its own"):
+        record(tiny(finished / folder), images=IMAGES)
+    assert not (finished / folder / "config.json").exists()
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_remedy(tmp_path, monkeypatch):
+    def full(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_json(tmp_path / "record.json", {})
+    told, _ = ending.explain(raised.value)
+    assert told.startswith(f"{tmp_path / 'record.json'}: No space left on device; what was saved before is whole: make")
 
 
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):

@@ -252,6 +252,13 @@ def test_dry_run_is_of_the_images_that_the_weights_want(tmp_path, monkeypatch, c
     assert looked == [size]
 
 
+def test_dry_run_refuses_a_dense_network_that_the_run_would_refuse(tmp_path, command):
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(ConfigError, match=r"^--dense is .*/dense, which holds no network of this project; accepted"):
+        command("--arch=alexnet", "--dry-run", f"--workdir={tmp_path}", f"--dense={tmp_path}/dense")
+    assert not (tmp_path / "dry_run.json").exists()
+
+
 def test_dry_run_says_that_counts_are_assumed(tmp_path):
     config = dataclasses.replace(imagenet_config.PRESETS["resnet50"], dataset="of_nobody", data_dir=str(tmp_path))
     images, classes, note = imagenet.dry_run_counts(config)

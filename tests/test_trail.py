@@ -19,7 +19,7 @@ from flax import nnx
 
 import ltp_jax as ltp
 from ltp_jax.adapters import nnx_apply
-from ltp_jax.checkpoints import Resume, TrailError, restore_network, save_network
+from ltp_jax.checkpoints import Resume, TrailError, restore_network, save_network, writing
 from ltp_jax.trail import Entry, Trail, pareto
 
 PARAMS = {"conv": {"kernel": jnp.array([[1.5, 0.0], [0.0, -2.0]]), "bias": jnp.ones(2)}}
@@ -240,6 +240,19 @@ def test_empty_trail_is_said(tmp_path):
         _ = trail.dense
     with pytest.raises(TrailError, match="has no entry yet"):
         trail.pick(min_compression=1)
+
+
+def test_a_folder_in_a_trail_does_not_take_its_place(path, tmp_path):
+    shutil.copytree(path, tmp_path / "trail")
+    shutil.copytree(path / "2", tmp_path / "trail" / "trail" / "2")
+    assert Trail(tmp_path).epochs == Trail(tmp_path / "trail").epochs == (0, 1, 2, 3, 4)
+
+
+def test_a_full_disk_is_told_in_plain_words(tmp_path):
+    said = f"RESOURCE_EXHAUSTED: {'/a/long/path' * 40} [OS error 28: No space left on device]"
+    wanted = f"^cannot write to {tmp_path}: No space left on device; what was saved"
+    with pytest.raises(TrailError, match=wanted), writing(tmp_path):
+        raise ValueError(said)
 
 
 def test_broken_entry_is_named(path, tmp_path):

@@ -18,7 +18,14 @@ from typing import Any, Literal
 import tyro
 
 from experiments.ending import START_AGAIN, Preempted, RunError, run_command
-from experiments.options import read_options, require_checkpoint_path, require_local, require_seeds, require_writable
+from experiments.options import (
+    read_options,
+    require,
+    require_checkpoint_path,
+    require_local,
+    require_seeds,
+    require_writable,
+)
 from experiments.record import write_json
 from ltp_jax.trail import Entry, Trail
 
@@ -45,6 +52,9 @@ class Seeds:
         require_local(self, "out")
         require_checkpoint_path("--workdir", self.workdir)
         require_seeds("--seeds", self.seeds)
+        for word in self.options:
+            own = word.partition("=")[0] in ("--seed", "--workdir", "--help", "-h")
+            require(not own, "--options", word, "an option of the experiment but --seed and --workdir, which this sets")
 
 
 def ended(command: list[str]) -> int:
@@ -64,7 +74,7 @@ def main() -> None:
     runs = []
     for seed in config.seeds:
         workdir = config.workdir / f"{config.experiment}-{seed}"
-        words = [*config.options, "--seed", str(seed), "--workdir", str(workdir)]  # the last of an option counts
+        words = [*config.options, "--seed", str(seed), "--workdir", str(workdir)]
         code = ended([sys.executable, "-m", f"experiments.{config.experiment}", *words])
         if code == START_AGAIN:
             raise Preempted(f"the run with seed {seed} was stopped; the same command goes on from there")
