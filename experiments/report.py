@@ -156,8 +156,10 @@ def draw_layers(
         axes.plot([e.epoch for e in entries], [v[layer] for v in values], ".-", color=color, linewidth=1.2, label=layer)
     if shown := [v for row in values for v in row.values() if v > 0]:
         axes.set_yscale("log")
-        if max(shown) < 30 * min(shown):  # powers of ten are too few ticks
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        if (ratio := max(shown) / min(shown)) < 30:  # powers of ten are too few ticks
+            axes.yaxis.set_major_locator(
+                MaxNLocator(steps=[1, 2, 5, 10]) if ratio < 3 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
+            )
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
