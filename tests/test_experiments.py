@@ -824,7 +824,7 @@ def test_an_interrupt_ends_a_run_with_one_message(tmp_path, swallowed):
     )
     done = run_python("-c", code, f"--workdir={tmp_path / 'run'}", "--pretrain.epochs=1000", timeout=300)
     assert done.returncode == 130, done.stderr
-    told = [line for line in done.stderr.splitlines() if not re.match(r"[IWEF]\d{4} ", line)]  # XLA has a log of its own
+    told = [line for line in done.stderr.splitlines() if not re.match(r"[IWEF]\d{4} ", line)]  # XLA logs, too
     assert told == ["error: interrupted; the same command goes on from the last saved state"]
 
 
