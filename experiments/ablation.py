@@ -126,6 +126,11 @@ def measure(harness: Harness, run: Run, pruner: Pruner, network: Network, seed: 
     return {"dense_top1": harness.top1(network["params"], network["batch_stats"]), "epochs": rows} | rows[-1]
 
 
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """The runs in a folder that have all their epochs."""
+    return [cell for cell in read_cells(folder, FIELDS) if len(cell["epochs"]) == EPOCHS]
+
+
 def markdown(cells: list[dict[str, Any]]) -> str:
     """A row for each variant: runs, compression and top-1 of the last network, and the hardening gap on the way."""
     lines = [
@@ -194,7 +199,7 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     config = read_options(AblationConfig, prog="python -m experiments.ablation", description=__doc__)
     if config.command == "report":
-        cells = [cell for cell in read_cells(config.results, FIELDS) if len(cell["epochs"]) == EPOCHS]
+        cells = read_runs(config.results)
         if not cells:
             raise ConfigError(
                 f"there are no runs in {config.results}: python -m experiments.ablation run --results={config.results}"

@@ -107,9 +107,10 @@ def explain(error: Exception) -> tuple[str, int]:
             START_AGAIN,
         )
     if isinstance(error, OSError):
-        mend = "; what was saved before is whole: make room, or allow it to write, and give the same command again"
         said = f"{error.filename or 'the system'}: {error.strerror or error}"
-        return said + mend * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)), 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            said += "; what was saved before is whole: make room, or allow it to write, and give the same command again"
+        return said, 1
     if isinstance(error, DataError | TrailError | RunError):
         return str(error), 1
     if out_of_memory(error):

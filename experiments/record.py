@@ -31,6 +31,7 @@ OF_A_PROCESS = ("workdir", "data_dir", "tensorboard", "workers", "max_unreadable
 CHECKPOINTS = ("pretrain", "trail", "resume")
 """The folders of a run that have its checkpoints by number."""
 FOLDERS = (*CHECKPOINTS, "dense", "report")
+"""These and two more: no other run may have one of them as its working directory."""
 
 
 def of_a_job(config: Config) -> dict[str, Any]:
@@ -87,11 +88,12 @@ def record(
         if not pretrains:
             free.update(f"pretrain.{name}" for name in new["pretrain"])
         changed = [
-            f"--{key.replace('_', '-')} {how}"
+            f"its images, {key.removeprefix('images.')}: {how}"
+            if key.startswith("images.")
+            else f"--{key.replace('_', '-')} {how}"
             for key, how in differences(flatten_dict(old, sep="."), flatten_dict(new, sep=".")).items()
-            if key not in free and key != "weights" and not key.startswith(("distributed.", "images."))
+            if key not in free and key != "weights" and not key.startswith("distributed.")
         ]
-        changed += [f"its images, {key}: {how}" for key, how in differences(old.get("images") or {}, images).items()]
         if weights and "pretrained" not in free:
             changed.append("--pretrained has other weights now")
         if changed:

@@ -9,7 +9,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import ablation, compare_cells, compare_report
-from experiments.compare_cells import read_cells
 from experiments.options import ConfigError
 from experiments.record import write_json
 from tests.commands import ROOT
@@ -117,8 +116,7 @@ def test_tables_of_the_repository_are_those_of_its_runs():
     tables = set()
     for folder in folders:
         if folder.name.startswith("ablation_"):
-            cells = [cell for cell in read_cells(folder, ablation.FIELDS) if len(cell["epochs"]) == ablation.EPOCHS]
-            assert ablation.markdown(cells) == (folder / "table.md").read_text()
+            assert ablation.markdown(ablation.read_runs(folder)) == (folder / "table.md").read_text()
             continue
         cells = compare_report.read_compared(folder)
         write = compare_report.tuning_markdown if "_held_out_" in folder.name else compare_report.markdown
