@@ -33,7 +33,8 @@ from experiments.options import (
     require_seeds,
     require_writable,
 )
-from experiments.record import write_json
+from experiments.record import write_json, write_whole
+from experiments.report import save_picture
 from ltp_jax.pruner import Pruner
 
 ARCH = "lenet_300_100"
@@ -159,7 +160,7 @@ SERIES = {
 """The claims as they are drawn: a label, and how the names of the variants begin."""
 
 
-def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
+def draw_claims(cells: list[dict[str, Any]]) -> Figure:
     """Where runs with the paper's choices and their opposites end, and the hardening gap on the way for each T0."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     ends, gaps = figure.subplots(1, 2)
@@ -192,8 +193,7 @@ def draw_claims(cells: list[dict[str, Any]], path: Path) -> None:
     for axes in (ends, gaps):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main() -> None:
@@ -204,11 +204,12 @@ def main() -> None:
             raise ConfigError(
                 f"there are no runs in {config.results}: python -m experiments.ablation run --results={config.results}"
             )
-        require_writable("--pictures", config.pictures / "ablation_claims.png")
-        (config.results / "table.md").write_text(markdown(cells))
-        print(config.results / "table.md")
-        draw_claims(cells, config.pictures / "ablation_claims.png")
-        print(config.pictures / "ablation_claims.png")
+        table, picture = config.results / "table.md", config.pictures / "ablation_claims.png"
+        require_writable("--pictures", picture)
+        write_whole(table, markdown(cells))
+        print(table)
+        save_picture(draw_claims(cells), picture)
+        print(picture)
         return
 
     def is_there(path: Path) -> bool:

@@ -45,7 +45,7 @@ from experiments.options import (
     require_seeds,
     require_writable,
 )
-from experiments.record import write_json
+from experiments.record import write_json, write_whole
 
 OF_SOME_COMMANDS = {
     "methods": ("tune", "run"),
@@ -344,7 +344,7 @@ def main() -> None:
             for path in compare_report.write(compared, runs, config.pictures):
                 print(path)
         if tuned:
-            (held_out / "table.md").write_text(compare_report.tuning_markdown(tuned))
+            write_whole(held_out / "table.md", compare_report.tuning_markdown(tuned))
             print(held_out / "table.md")
         return
     require_writable("--results", folder(config, held_out=config.command == "tune") / "table.md")

@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from experiments.compare_cells import OWN, Cell, read_cells, select, with_setting_of
 from experiments.components import network_plan, network_uses
 from experiments.options import ConfigError
+from experiments.record import write_whole
+from experiments.report import save_picture
 from ltp_jax import models
 from ltp_jax.target import planned_density
 
@@ -44,10 +46,8 @@ def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
       ConfigError: if runs that differ in more than the seed would be taken for one figure.
     """
     check_settings(cells)
-    for directory in (folder, docs):
-        directory.mkdir(parents=True, exist_ok=True)
     table = folder / "table.md"
-    table.write_text(markdown(cells))
+    write_whole(table, markdown(cells))
     pruned = [cell for cell in cells if cell["compression"] is not None]
     own_settings = select(pruned, origin="")
     pictures = {
@@ -57,7 +57,7 @@ def write(cells: Sequence[Cell], folder: Path, docs: Path) -> list[Path]:
     }
     drawn = {path: (draw, shown) for path, (draw, shown) in pictures.items() if shown}
     for path, (draw, shown) in drawn.items():
-        draw(shown, path)
+        save_picture(draw(shown), path)
     return [table, *drawn]
 
 
@@ -217,7 +217,7 @@ def where(cells: Sequence[Cell]) -> str:
     return f"{cells[0]['network']} on {cells[0]['dataset']}, {cells[0]['epochs_trained']} epochs"
 
 
-def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
+def draw_accuracy(cells: Sequence[Cell]) -> Figure:
     """Top-1 against the compression that was reached; bars are standard deviations over seeds."""
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -257,7 +257,7 @@ def draw_accuracy(cells: Sequence[Cell], path: Path) -> None:
     axes.set_title(f"{where(cells)}: mean and standard deviation over seeds", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, handlelength=3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def in_order_of_use(network: str) -> list[str]:
@@ -267,7 +267,7 @@ def in_order_of_use(network: str) -> list[str]:
     return list(network_uses(module, shape, network_plan(module, shape)))
 
 
-def draw_densities(cells: Sequence[Cell], path: Path) -> None:
+def draw_densities(cells: Sequence[Cell]) -> Figure:
     """Density per layer of the methods of ``SIDE_BY_SIDE``, a panel for each compression."""
     wanted = compressions(cells)
     shown = [method for method in SIDE_BY_SIDE if select(cells, method=method)]
@@ -300,10 +300,10 @@ def draw_densities(cells: Sequence[Cell], path: Path) -> None:
     dots = {label: dot for axes in panels for dot, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(dots.values()), list(dots), loc="outside lower center", ncols=len(shown))
     figure.suptitle(f"{where(cells)}: where the weights are left, mean over seeds")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def draw_plan(cells: Sequence[Cell], path: Path) -> None:
+def draw_plan(cells: Sequence[Cell]) -> Figure:
     """Density after every epoch of runs of LTP, of each compression and seed, the plan, and how far off it they are."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes, off = figure.subplots(1, 2)
@@ -335,4 +335,4 @@ def draw_plan(cells: Sequence[Cell], path: Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     figure.suptitle(where(cells))
-    figure.savefig(path, dpi=120)
+    return figure

@@ -144,12 +144,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, and the folder it lies in; the file is there as a whole or as it was."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, and the folder it lies in; the file is there as a whole or as it was. Text becomes UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same one
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
         error.filename = str(path)  # it has none on a full disk, or that of a file that nobody knows

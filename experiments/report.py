@@ -1,5 +1,6 @@
 """The report of a run: figures and a table made from its trail."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.record import write_json
+from experiments.record import write_json, write_whole
 from ltp_jax.trail import Entry, Trail, pareto
 
 
@@ -22,30 +23,38 @@ def write(trail: Trail, directory: Path, title: str) -> dict[str, Path]:
       The files: ``accuracy``, ``density`` and ``thresholds`` (PNG), ``table`` (Markdown), and ``figures``, the
       entries as JSON.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     entries = trail.entries
-    paths = {name: directory / f"{name}.png" for name in ("accuracy", "density", "thresholds")}
-    draw_accuracy(entries, paths["accuracy"], title)
-    draw_layers(
-        entries,
-        [{path: 100 * density for path, density in e.densities.items()} for e in entries],
-        paths["density"],
-        f"{title}: density per layer",
-        "kept weights of the layer, %",
-    )
-    draw_layers(
-        entries[1:],
-        # Fixed masks have next to no threshold; the lines end where they are fixed.
-        [{path: tau**0.5 if tau > 1e-20 else math.nan for path, tau in e.thresholds.items()} for e in entries[1:]],
-        paths["thresholds"],
-        f"{title}: thresholds while they are learned",
-        "smallest |w| that is kept, √τ",
-    )
+    figures = {
+        "accuracy": draw_accuracy(entries, title),
+        "density": draw_layers(
+            entries,
+            [{path: 100 * density for path, density in e.densities.items()} for e in entries],
+            f"{title}: density per layer",
+            "kept weights of the layer, %",
+        ),
+        "thresholds": draw_layers(
+            entries[1:],
+            # Fixed masks have next to no threshold; the lines end where they are fixed.
+            [{path: tau**0.5 if tau > 1e-20 else math.nan for path, tau in e.thresholds.items()} for e in entries[1:]],
+            f"{title}: thresholds while they are learned",
+            "smallest |w| that is kept, √τ",
+        ),
+    }
+    paths = {name: directory / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        save_picture(figure, paths[name])
     paths["table"] = directory / "trail.md"
-    paths["table"].write_text(markdown(entries, title), encoding="utf-8")
+    write_whole(paths["table"], markdown(entries, title))
     paths["figures"] = directory / "trail.json"
     write_json(paths["figures"], {"title": title, "entries": [entry.figures() for entry in entries]})
     return paths
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, and the folder it lies in; the file is there as a whole or as it was."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def markdown(entries: Sequence[Entry], title: str) -> str:
@@ -104,7 +113,7 @@ def _macs(entry: Entry) -> str:
     return "–" if entry.macs_compression is None else f"{entry.macs_compression:.2f}×"
 
 
-def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
+def draw_accuracy(entries: Sequence[Entry], title: str) -> Figure:
     """Top-1 against compression: every entry, the best with as much or more, and the dense network's level."""
     figure, axes = _figure()
     dense = entries[0].top1
@@ -142,12 +151,10 @@ def draw_accuracy(entries: Sequence[Entry], path: Path, title: str) -> None:
     axes.set_ylabel("evaluation top-1, %")
     axes.set_title(title)
     axes.legend(loc="best", fontsize=8)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def draw_layers(
-    entries: Sequence[Entry], values: Sequence[dict[str, float]], path: Path, title: str, label: str
-) -> None:
+def draw_layers(entries: Sequence[Entry], values: Sequence[dict[str, float]], title: str, label: str) -> Figure:
     """One line per layer over the epochs, coloured by their order."""
     figure, axes = _figure()
     layers = list(values[0]) if values else []
@@ -179,7 +186,7 @@ def draw_layers(
             fontsize=8,
             va="center",
         )
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _figure() -> tuple[Figure, Axes]:

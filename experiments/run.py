@@ -99,11 +99,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
             trainer = Trainer(config, module, dataset, metrics, console, preempted)
             trail = prune(trainer, *dense_network(trainer, start), uses)
         if jax.process_index() == 0:
-            try:
-                paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
-            except OSError as error:
-                error.filename = error.filename or str(config.workdir / "report")  # a picture has none on a full disk
-                raise
+            paths = report.write(trail, config.workdir / "report", title=f"{config.arch} on {dataset.name}")
             console.print(report.terminal_table(trail, console.width))
             log.info("report: %s", paths["table"])
     return trail

@@ -151,7 +151,7 @@ def test_table_of_a_trail_fits_into_a_terminal(finished, width, columns):
 
 def test_table_and_pictures_of_a_trail(tmp_path, monkeypatch):
     figures = {}
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.update({path.stem: self}))
+    monkeypatch.setattr(report, "save_picture", lambda figure, path: figures.update({path.stem: figure}))
 
     def entry(epoch, compression, top1, tau, macs):
         return Entry(
@@ -524,15 +524,16 @@ def test_a_run_does_not_write_where_another_keeps_what_is_its_own(finished, fold
     assert not (finished / folder / "config.json").exists()
 
 
-def test_a_full_disk_is_told_with_the_file_and_the_remedy(tmp_path, monkeypatch):
-    def full(self, text):
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {}), lambda path: report.save_picture(Figure(), path)])
+def test_a_full_disk_is_told_with_the_file_and_the_remedy(tmp_path, monkeypatch, write):
+    def full(self, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left") as raised:
-        write_json(tmp_path / "record.json", {})
+        write(tmp_path / "file")
     told, _ = ending.explain(raised.value)
-    assert told.startswith(f"{tmp_path / 'record.json'}: No space left on device; what was saved before is whole: make")
+    assert told.startswith(f"{tmp_path / 'file'}: No space left on device; what was saved before is whole: make")
 
 
 def test_a_record_takes_the_place_of_the_one_before_as_a_whole(tmp_path):

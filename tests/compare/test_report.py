@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from experiments import ablation, compare_cells, compare_report
 from experiments.options import ConfigError
@@ -166,16 +165,8 @@ def test_pictures_of_what_is_there(tmp_path, methods, pictures):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def drawn(draw, cells, monkeypatch):
-    """What a picture shows: its axes."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
-    draw(cells, None)
-    return figures[0].axes
-
-
-def test_picture_of_accuracies(monkeypatch):
-    (axes,) = drawn(compare_report.draw_accuracy, CELLS, monkeypatch)
+def test_picture_of_accuracies():
+    (axes,) = compare_report.draw_accuracy(CELLS).axes
     line, _, (bars,) = next(c for c in axes.containers if c.get_label() == "LTP").lines
     # The geometric mean of 8 and 8.01, and the standard deviation of 90 and 91.
     np.testing.assert_allclose(np.transpose(line.get_data(orig=False)), [(64.08**0.5, 90.5), (16, 87.5)], rtol=1e-6)
@@ -185,17 +176,17 @@ def test_picture_of_accuracies(monkeypatch):
     np.testing.assert_allclose(dense.get_ydata(), 91.5)
 
 
-def test_picture_of_densities(monkeypatch):
+def test_picture_of_densities():
     cells = [*CELLS[:2], CELLS[1] | {"method": "gmp_global"}]
     cells[0] = cells[0] | {"densities": {"head/kernel": 0.3, "stem/conv/kernel": 0.4}}
-    (axes,) = drawn(compare_report.draw_densities, cells, monkeypatch)
+    (axes,) = compare_report.draw_densities(cells).axes
     assert [np.round(dots.get_ydata(), 6).tolist() for dots in axes.lines] == [[30, 20], [20, 10]]
     assert axes.get_title() == "8×"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["stem/conv", "head"]  # in the order of their use
 
 
-def test_picture_of_the_plan(monkeypatch):
-    axes, off = drawn(compare_report.draw_plan, CELLS[:2], monkeypatch)
+def test_picture_of_the_plan():
+    axes, off = compare_report.draw_plan(CELLS[:2]).axes
     plan, *dots, _ = axes.lines
     # Halfway through the descent, which takes 40 % of two epochs, the plan is at (1/8)^(1 − 1/8).
     times, densities = plan.get_data()
