@@ -60,7 +60,7 @@ def record(
     Args:
       config: the options.
       images: how many the dataset has, and of how many classes: epochs and plans are counted in them.
-      weights: digest of the published weights that the run begins from, if it does. Their file may have moved.
+      weights: digest of the weights that the run was given to begin from, if it was. They may have moved.
       pretrains: whether the run trains its dense network; if not, how it would has no meaning.
       write: whether this process writes the file, as one of a job does; all of them check it.
 
@@ -84,7 +84,7 @@ def record(
             ) from error
         free = {*OF_A_PROCESS, "mesh.fsdp", *(f"ltp.{name}" for name in config.ltp.idle)}
         if weights and old.get("weights") == weights:
-            free.add("pretrained")
+            free.update(("pretrained", "dense"))
         if not pretrains:
             free.update(f"pretrain.{name}" for name in new["pretrain"])
         changed = [
@@ -95,7 +95,7 @@ def record(
             if key not in free and key != "weights" and not key.startswith("distributed.")
         ]
         if weights and "pretrained" not in free:
-            changed.append("--pretrained has other weights now")
+            changed.append(f"--{'dense' if config.dense else 'pretrained'} has other weights now")
         if changed:
             raise ConfigError(
                 f"{config.workdir} holds a run with other options or data: {'; '.join(changed)}. "

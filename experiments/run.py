@@ -1,6 +1,7 @@
 """A whole run: train a dense network or take one, prune it epoch by epoch into a trail, and report."""
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from rich.console import Console
 
 import ltp_jax as ltp
@@ -70,7 +72,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
       RunError: if another run writes to the same directory, or the loss is no number.
       Preempted: if a process was asked to stop, after the state was saved.
     """
-    uses = check_options(config, module, dataset, start)
+    uses, weights = check_options(config, module, dataset, start)
     with contextlib.ExitStack() as stack:
         refusal = None
         if jax.process_index() == 0:
@@ -81,7 +83,6 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
         distributed.check_first(refusal)
         distributed.check_shared(config.workdir)
         images = {"training": dataset.train_size, "held out": dataset.eval_size, "classes": dataset.num_classes}
-        weights = start and start.digest
         distributed.check_same(of_a_job(config) | {"images": images, "weights": weights})
         record(
             config,
@@ -107,11 +108,12 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
 
 def check_options(
     config: Config, module: nn.Module, dataset: Dataset, start: Start | None = None
-) -> Mapping[str, float]:
+) -> tuple[Mapping[str, float], str | None]:
     """Raises ConfigError or TrailError, before anything is trained, for options that cannot come to an end.
 
     Returns:
-      How often each weight is used for one image, by path, which takes a trace of the network to count.
+      How often each weight is used for one image, by path, which takes a trace of the network to count; and the digest
+      of the weights that the run was given to begin from, if it was.
     """
     try:
         make_mesh(config.mesh.fsdp)
@@ -126,12 +128,16 @@ def check_options(
     uses = network_uses(module, dataset.image_shape, plan)
     ltp_pruner(config.ltp, plan, config.train.steps(dataset.train_size), uses)
     if config.dense is not None:
-        check_dense(config.dense, config, network, plan)
-    return uses
+        return uses, check_dense(config.dense, config, network, plan)
+    return uses, start and start.digest
 
 
-def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> None:
-    """Raises ConfigError or TrailError if a path has no dense network of these shapes that can be pruned."""
+def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> str:
+    """Raises ConfigError or TrailError if a path has no dense network of these shapes that can be pruned.
+
+    Returns:
+      A digest of its values.
+    """
     # What Orbax says of a directory that it did not write helps nobody.
     if path.is_dir() and not holds_network(path):
         raise ConfigError(
@@ -140,6 +146,10 @@ def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> Non
     given = restore_network(path)
     check_network(given, network, path, config.arch)
     check_weights(given["params"], plan, config.ltp)
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(given):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def trains_dense(config: Config, *, trained: bool) -> bool:

@@ -395,6 +395,18 @@ def test_a_dense_entry_that_was_removed_is_made_anew_and_nothing_trained(finishe
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
+def test_a_run_goes_on_with_the_dense_network_that_it_began_with_alone(finished, tmp_path):
+    with pytest.raises(Interrupted):
+        start(tiny(tmp_path / "run", dense=finished / "dense"), Interrupting(digits(), 96, 16))
+    network = restore_network(finished / "dense")
+    save_network(tmp_path / "same" / "dense", **network)
+    network["params"]["head"]["bias"][0] += 1
+    save_network(tmp_path / "other" / "dense", **network)
+    with pytest.raises(ConfigError, match=r"other options or data: --dense was .* has other weights now"):
+        start(tiny(tmp_path / "run", dense=tmp_path / "other" / "dense"))
+    assert start(tiny(tmp_path / "run", dense=tmp_path / "same" / "dense")).entries == Trail(finished).entries
+
+
 def test_dense_network_of_another_architecture_is_refused(finished, tmp_path):
     with pytest.raises(TrailError, match=r"is no digits: params/head/bias has shape \(10,\), expected is \(7,\)"):
         runs.run(tiny(tmp_path, dense=finished / "dense"), models.create("digits", num_classes=7), digits())
