@@ -56,11 +56,11 @@ class AblationConfig:
     command: tyro.conf.Positional[Literal["run", "report"]]
     """What to do."""
     variants: tuple[str, ...] = ()
-    """Which variants; all of them if nothing is said."""
+    """Which variants, by the names in the tables of docs/ablation.md, each in quotation marks; all if not given."""
     seeds: tuple[int, ...] = (0,)
     """Of the dense network and the order of the data."""
     data_dir: Path | None = None
-    """Where TFDS finds its datasets; its own default if nothing is said."""
+    """Where TFDS finds its datasets; its own default if not given."""
     workdir: Path = Path("runs/compare")
     """Where dense networks are kept; that of the comparison."""
     results: Path = Path("experiments/results/compare/ablation_lenet_300_100")
@@ -188,7 +188,7 @@ def draw_claims(cells: list[dict[str, Any]]) -> Figure:
         gaps.plot(range(1, len(rows) + 1), [max(row, key=abs) for row in rows], ".-", label=f"T0 = {t0:g}")
     gaps.axhline(0, color="black", linewidth=0.8)
     gaps.set_xlabel("epoch")
-    gaps.set_ylabel("top-1 of the soft less that of the hard network")
+    gaps.set_ylabel("soft less hard network, points of top-1")
     gaps.set_title("hardening gap, the larger of two seeds")
     for axes in (ends, gaps):
         axes.grid(alpha=0.3)

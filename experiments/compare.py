@@ -67,28 +67,28 @@ class CompareConfig:
     """What to compare."""
 
     command: tyro.conf.Positional[Literal["tune", "run", "report"]]
-    """What to do."""
+    """What to do. report takes only --arch, --augment, --epochs, --results and --pictures."""
     arch: Literal["lenet_300_100", "lenet5", "resnet20"] = "lenet_300_100"
     """The network; the first two learn Fashion-MNIST, the last CIFAR-10."""
     methods: tuple[Method, ...] = typing.get_args(Method)
-    """Which methods."""
+    """dense (nothing is pruned: the control), magnitude pruning (one_shot; gmp_uniform and gmp_global, gradual), str
+    (soft threshold weight reparameterization), ltp, and ltp_leak (LTP with a leak of 0.3)."""
     compressions: tuple[float, ...] = ()
-    """Prunable weights over those kept; 8 16 32 64 128, or for resnet20 5 10 20, if nothing is said."""
+    """Prunable weights over those kept; 8 16 32 64 128, or for resnet20 5 10 20, if not given."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the dense network, the order of the data, and nothing else."""
+    """Seeds of run: of the dense network and the order of the data; nothing else is random."""
     tuning_seeds: tuple[int, ...] = (0, 1)
-    """Those of tuning, which judges a setting by their mean."""
+    """Seeds of tune, which judges a setting by their mean."""
     setting_of: Literal["ltp", "gmp_global"] | None = None
-    """Run all methods with the setting that tuning chose for this one, in place of one of their own each; of no use
-    to STR."""
+    """Run all methods with the setting that tuning chose for this one, instead of their own. Not for str."""
     augment: bool = False
-    """Shift the training images of Fashion-MNIST by up to two pixels and mirror every other one, anew in every epoch,
-    in a comparison and with a tuning of their own. Those of CIFAR-10 always are."""
+    """Shift the training images of Fashion-MNIST by up to two pixels and mirror each with probability 1/2, anew in
+    every epoch: a comparison apart, with its own tuning. Images of CIFAR-10 always are shifted and mirrored."""
     epochs: int | None = None
-    """Epochs with the method, in a comparison and with a tuning of their own, which --setting-of does without: its
-    setting is that of the network's own epochs, which are those if nothing is said."""
+    """Epochs with the method; the network's own number if not given. Another number is a comparison apart, with its own
+    tuning, except that --setting-of takes the setting of the network's own number."""
     data_dir: Path | None = None
-    """Where TFDS finds its datasets; its own default if nothing is said."""
+    """Where TFDS finds its datasets; its own default if not given."""
     workdir: Path = Path("runs/compare")
     """Where dense networks are kept."""
     results: Path = Path("experiments/results/compare")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.compare_cells import OWN, Cell, read_cells, select, with_setting_of
 from experiments.components import network_plan, network_uses
@@ -29,6 +29,7 @@ LABELS = {
     "str": "STR",
 }
 COLOURS = dict(zip(LABELS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray", "tab:green"), strict=True))
+MARKERS = dict(zip(LABELS, "oDsv^X", strict=True))
 SETTINGS = {"": "", "ltp": " (setting of LTP)", "gmp_global": " (setting of magnitude)"}
 """Whose setting a method runs with, if not its own."""
 DASHES = dict(zip(SETTINGS, ("-", "--", ":"), strict=True))
@@ -242,8 +243,9 @@ def draw_accuracy(cells: Sequence[Cell]) -> Figure:
                 color=COLOURS[method],
                 linestyle=DASHES[origin],
                 linewidth=1.2,
-                marker="o",
-                markersize=4,
+                marker=MARKERS[method],
+                markersize=5,
+                elinewidth=0.8,
                 capsize=3,
             )
     axes.axhline(dense, color="black", linewidth=0.8, label="dense")
@@ -275,7 +277,7 @@ def draw_densities(cells: Sequence[Cell]) -> Figure:
     layers = [layer for layer in in_order_of_use(cells[0]["network"]) if layer in cells[0]["densities"]]
     deep = len(layers) > 8
     rows, columns = (len(wanted), 1) if deep else (1, len(wanted))
-    figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (3.2 * columns, 4), layout="constrained")
+    figure = Figure(figsize=(9, 2.2 * rows + 1.6) if deep else (2 * columns, 3.6), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, compression in zip(panels, wanted, strict=True):
         missed = []
@@ -290,6 +292,7 @@ def draw_densities(cells: Sequence[Cell]) -> Figure:
             if f"{achieved:.1f}" != f"{compression:.1f}":
                 missed.append(f"{LABELS[method]} {achieved:.1f}×")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
         axes.set_xticks(
             range(len(layers)), [layer.removesuffix("/kernel") for layer in layers], rotation=30, ha="right"
         )
@@ -307,7 +310,8 @@ def draw_plan(cells: Sequence[Cell]) -> Figure:
     """Density after every epoch of runs of LTP, of each compression and seed, the plan, and how far off it they are."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes, off = figure.subplots(1, 2)
-    for i, compression in enumerate(compressions(cells)):
+    wanted = compressions(cells)
+    for i, compression in enumerate(wanted):
         group = select(cells, compression=compression)
         epochs = group[0]["epochs_trained"]
         ends = range(1, epochs + 1)
@@ -321,9 +325,11 @@ def draw_plan(cells: Sequence[Cell]) -> Figure:
                 if cell["trial"]["prune"] == share:
                     densities = np.asarray([100 / epoch["compression"] for epoch in cell["epochs"]])
                     axes.plot(ends, densities, ".", color=f"C{i}")
-                    off.plot(ends, 100 * (densities / planned - 1), ".", color=f"C{i}", alpha=0.6)
+                    beside = np.asarray(ends) + 0.12 * (i - (len(wanted) - 1) / 2)  # or they lie on one another
+                    off.plot(beside, 100 * (densities / planned - 1), ".", color=f"C{i}", alpha=0.6)
         axes.plot([], [], ".-", color=f"C{i}", label=f"{compression:g}×")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
     axes.set_ylabel("kept weights, %")
     axes.set_title("density (dots, every seed) and plan (lines)", fontsize=10)
     axes.legend()

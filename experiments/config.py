@@ -72,7 +72,7 @@ class LtpConfig:
     """Learned Threshold Pruning, to a penalty or to a target."""
 
     penalty: float | None = None
-    """λ·N: what keeping all prunable weights costs, in units of the loss; 20 if nothing is said and there is no target.
+    """λ·N: what keeping all prunable weights costs, in units of the loss; 20 if neither it nor a target is given.
     More prunes more, but how much is not the same from run to run. It takes the place of a target."""
     ramp: float = 1.0
     """With a penalty: share of the learning steps over which it rises linearly from zero."""
@@ -83,7 +83,8 @@ class LtpConfig:
     """With a penalty: how far a threshold can move while it is learned, in units of std(|w|); Adam's rate times the
     learning steps."""
     t0: float | None = None
-    """Temperature in units of Var(|w|), eq. 15; 1e-3, or 1e-2 with a target, if nothing is said."""
+    """How soft the masks are: the temperature of their sigmoid, in units of Var(|w|) (eq. 15 of arXiv 2003.00075);
+    1e-3, or 1e-2 with a target, if not given."""
     target_compression: float | None = None
     """Prunable weights over weights kept that the run is to reach, exactly. It takes the place of the penalty."""
     target_density: float | None = None
@@ -95,12 +96,12 @@ class LtpConfig:
     select: float = 0.75
     """With a target: share of the run after which the masks are fixed."""
     leak: float = 0.0
-    """With a target: share of its gradient that a pruned weight gets at first, to come back by it, and which falls to
-    zero by the time the masks are fixed. 0 is the paper's eq. 14."""
+    """With a target: share of its gradient that a pruned weight gets at first, so that it may come back; the share
+    falls to zero by the time the masks are fixed. 0 is the paper's eq. 14: a pruned weight gets no gradient."""
     exact_gradient: bool = False
-    """Differentiate the mask with respect to the weights, too, instead of eq. 14."""
+    """With a penalty: differentiate the mask with respect to the weights, too, instead of eq. 14."""
     l0_to_weights: bool = False
-    """Let the gradient of the L0 penalty reach the weights, too."""
+    """With a penalty: let the gradient of the L0 penalty reach the weights, too."""
 
     @property
     def density(self) -> float | None:
@@ -167,7 +168,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """Where the other processes of the job are; a cluster's environment says it where nothing is said here."""
+    """Where the other processes of the job are; a cluster's environment says it if not given here."""
 
     coordinator_address: str | None = None
     """HOST:PORT of the first process."""
@@ -212,9 +213,9 @@ class Config:
     workdir: Path
     """Where the run writes: trail/, resume/, dense/, report/, config.json, metrics.jsonl, log.txt."""
     data_dir: Path | None = None
-    """Where TFDS finds its datasets; its own default if nothing is said."""
+    """Where TFDS finds its datasets; its own default if not given."""
     dense: Path | None = None
-    """A trained dense network to prune: the dense/ of another run. Trained here first if nothing is said."""
+    """A trained dense network to prune: the dense/ of another run. Trained here first if not given."""
     seed: int = 0
     """Of initialisation, data order, augmentation and dropout; both stages of a run begin with the same."""
     tensorboard: bool = False
@@ -252,7 +253,7 @@ def parse(presets: Mapping[str, C], description: str, argv: Sequence[str] | None
     Args:
       presets: the defaults for each network, by its name; the first is the default network.
       description: what ``--help`` says first.
-      argv: the words of the command; those of this process if nothing is said.
+      argv: the words of the command; those of this process if not given.
 
     Raises:
       ConfigError: for an impossible value, or one that the goal of the pruning leaves without a meaning.

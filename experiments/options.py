@@ -94,7 +94,7 @@ def read_options(kind: type[T], *, prog: str, args: Sequence[str] | None = None,
     Args:
       kind: a dataclass with a method ``check``, or a union of such.
       prog: the command.
-      args: its words; those of this process if nothing is said.
+      args: its words; those of this process if not given.
       **settings: what else ``tyro.cli`` takes.
 
     Raises:
@@ -106,6 +106,8 @@ def read_options(kind: type[T], *, prog: str, args: Sequence[str] | None = None,
     for before, word in itertools.pairwise(("", *args)):
         if not word or (word.startswith("--") and word.endswith("=")):
             raise ConfigError(f"{word or before or 'the first word'} has no value")
+    # Comments of the source are no help text: tyro would show them where an option has none.
+    settings.setdefault("config", (tyro.conf.HelptextFromCommentsOff,))
     options: Any = tyro.cli(kind, prog=prog, args=args, **settings)
     try:
         # Not every shell does this behind the "=" of an option.

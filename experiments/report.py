@@ -66,7 +66,7 @@ def markdown(entries: Sequence[Entry], title: str) -> str:
         "",
         "Held-out accuracy of the hard-pruned networks, and by how much their prunable weights and the",
         "multiply-accumulates (MACs) of those became fewer. The gap is what top-1 loses when soft masks become hard;",
-        "an entry is on the Pareto front (*) when no other is both sparser and more accurate.",
+        "an entry is on the Pareto front (*) when it is more accurate than all that are as sparse or sparser.",
         "",
         "| epoch | compression | density | MACs | top-1 % | below dense | top-5 % | loss | gap | |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|:-:|",
@@ -101,7 +101,10 @@ def terminal_table(trail: Trail, width: int) -> Table:
         for e in trail.entries
     ]
     shown = list(rows[0]) if width >= 80 else ["epoch", "compression", "top-1 %", "drop"]
-    table = Table(title=f"the trail in {escape(str(trail.path))} (* no other entry is both sparser and more accurate)")
+    table = Table(
+        title=f"the trail in {escape(str(trail.path))} (* more accurate than all that are as sparse or sparser)",
+        caption="gap: points of top-1 lost when soft masks become hard; drop: points of top-1 below the dense network",
+    )
     for name in shown:
         table.add_column(name, justify="right")
     for row in rows:
@@ -167,8 +170,8 @@ def draw_layers(entries: Sequence[Entry], values: Sequence[dict[str, float]], ti
             axes.yaxis.set_major_locator(
                 MaxNLocator(steps=[1, 2, 5, 10]) if ratio < 3 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
             )
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if entries:
         axes.set_xlim(entries[0].epoch - 0.5, entries[-1].epoch + 0.5)  # room for whole numbers, if it is one

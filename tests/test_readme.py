@@ -1,4 +1,4 @@
-"""The README's training loop and step, run as they stand there."""
+"""The README's snippets, run as they stand there."""
 
 import re
 from pathlib import Path
@@ -20,11 +20,12 @@ class Network(nn.Module):
         return nn.Dense(4)(x)
 
 
-def test_the_training_loop(tmp_path):
+def test_the_training_loop(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "make_train_step(" in block)
     (step,) = (block for block in blocks if "def loss_fn(" in block)
     (save,) = (block for block in blocks if "trail.save(" in block)
+    (ship,) = (block for block in blocks if "savez_compressed(" in block)
     model, steps, rng = Network(), 40, np.random.default_rng(0)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32)), train=False)
     images = rng.normal(size=(steps, 16, 32)).astype(np.float32)
@@ -44,6 +45,11 @@ def test_the_training_loop(tmp_path):
     assert Trail(tmp_path).dense.compression == 1
     for picked in (Trail(tmp_path).pick(min_compression=16), Trail(tmp_path).pick(max_top1_drop=1.0)):
         assert picked.compression == (32 * 64 + 64 * 4) / kept
+    picked = Trail(tmp_path).restore(Trail(tmp_path).pick(min_compression=16))
+    monkeypatch.chdir(tmp_path)
+    exec(ship, {"network": picked})
+    with np.load("network.npz") as shipped:
+        assert sum(np.count_nonzero(shipped[name]) for name in shipped if name.endswith("kernel")) == kept
     exec(step, names)
     assert all(np.any(grad != 0) for grad in jax.tree.leaves(names["grads"]))
     assert all(grad != 0 for grad in names["threshold_grads"].values())

@@ -37,13 +37,13 @@ class Seeds:
     """Several seeds of one experiment."""
 
     experiment: Literal["digits", "fashion_mnist", "cifar10"] = "digits"
-    """Which."""
+    """The experiment to run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Their seeds: of initialisation, data order, augmentation and dropout."""
     workdir: Path = Path("runs/seeds")
     """Where the runs write; a finished one is not run again."""
     out: Path | None = None
-    """The JSON file to write; EXPERIMENT.json in --workdir if nothing is said."""
+    """The JSON file to write; EXPERIMENT.json in --workdir if not given."""
     options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A word for the experiment's own command line, as in --options=--ltp.leak=0.3; may be given several times."""
 
