@@ -104,6 +104,8 @@ def read_cell(path: Path, fields: Fields = FIELDS) -> Cell:
         for key, check in {**fields, "train_top1": is_number}.items():
             if key in cell and not check(cell[key]):
                 raise ValueError(f"its {key} is {cell[key]!r:.40}")
+        if "trial" in cell:
+            cell["trial"] = dataclasses.asdict(Trial(**cell["trial"]))  # with what it leaves out
         if len(cell["epochs"]) != cell.get("epochs_trained", len(cell["epochs"])):
             raise ValueError(f"it has {len(cell['epochs'])} of {cell['epochs_trained']} epochs")
     except (TypeError, ValueError, RecursionError) as error:

@@ -201,6 +201,12 @@ def test_picture_of_the_plan():
     ]
 
 
+def test_a_setting_has_what_its_record_leaves_out(tmp_path):
+    write_json(tmp_path / "ltp_8_0.json", CELLS[0] | {"trial": {"learning_rate": 0.1}})
+    (row,) = compare_cells.read_cells(tmp_path)
+    assert "| LTP | 0.1 | the network's | – | – | 8.0× |" in compare_report.tuning_markdown([row])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
