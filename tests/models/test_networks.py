@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from ltp_jax import models
 from ltp_jax.models import layers
+from ltp_jax.models.inverted_residual import InvertedResidual, InvertedResidualNet, Stage
 
 SMALL = ("digits", "lenet_300_100", "lenet5", "resnet20")
 
@@ -82,12 +84,76 @@ def test_unknown_name_and_option_are_refused() -> None:
         _shapes("mobilenet_v2", padding="full")
 
 
-def test_dropout_and_stochastic_depth_draw_from_the_dropout_stream() -> None:
-    model, images = models.create("efficientnet_b0", dropout_rate=0.0), _images("efficientnet_b0", 2, 32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), variables)
-    with pytest.raises(Exception, match="dropout"):
-        jax.eval_shape(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]), variables)
+def _inverted_residual_net(**options: Any) -> InvertedResidualNet:
+    """Four blocks that all have a shortcut, and so stochastic depth."""
+    stages = (Stage(1, features=8, repeats=4, strides=1, expansion=1),)
+    return InvertedResidualNet(num_classes=5, stages=stages, stem_features=8, head_features=16, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [(models.create("alexnet", dropout_rate=0.5), 63), (_inverted_residual_net(dropout_rate=0.5), 8)],
+    ids=["alexnet", "inverted_residual_net"],
+)
+def test_dropout_depends_on_the_key_while_training_alone(model: Any, size: int) -> None:
+    images = jnp.ones((2, size, size, 3))
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01), shapes)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def logits(key: jax.Array, train: bool) -> jax.Array:
+        return model.apply(variables, images, train=train, mutable=["batch_stats"], rngs={"dropout": key})[0]
+
+    one, other = jax.random.key(1), jax.random.key(2)
+    assert not np.array_equal(logits(one, train=True), logits(other, train=True))
+    np.testing.assert_array_equal(logits(one, train=False), logits(other, train=False))
+
+
+def test_stochastic_depth_drops_the_branch_of_whole_images() -> None:
+    x = jax.random.normal(jax.random.key(0), (16, 4, 4, 8))
+    block = functools.partial(
+        InvertedResidual,
+        Stage(1, features=8, repeats=1, strides=1, expansion=1),
+        strides=1,
+        padding="torch",
+        epsilon=1e-5,
+        dtype=jnp.float32,
+    )
+    variables = block(drop_rate=0.0).init(jax.random.key(1), x, train=False)
+
+    def branch(drop_rate: float) -> np.ndarray:
+        rngs = {"dropout": jax.random.key(2)}
+        y, _ = block(drop_rate=drop_rate).apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
+        return np.asarray(y - x)
+
+    whole, dropped = branch(0.0), branch(0.75)
+    kept = np.any(dropped, axis=(1, 2, 3))
+    assert 0 < kept.sum() < len(x)
+    np.testing.assert_allclose(dropped, np.where(kept[:, None, None, None], 4 * whole, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_rate_of_stochastic_depth_grows_from_block_to_block() -> None:
+    rates = []
+
+    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, nn.Dropout):
+            rates.append(context.module.rate)
+        return call(*args, **kwargs)
+
+    model = _inverted_residual_net(dropout_rate=0.5, drop_path_rate=0.4)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), jnp.ones((1, 8, 8, 3)))
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("conv", "inputs", "variance"),
+    [(layers.Conv(256), 64, 2 / (9 * 256)), (layers.Conv(512, 5, groups=512), 512, 2 / 25)],
+    ids=["dense", "depthwise"],
+)
+def test_kernels_begin_with_the_variance_of_he(conv: layers.Conv, inputs: int, variance: float) -> None:
+    kernel: Any = conv.init(jax.random.key(0), jnp.ones((1, 8, 8, inputs)))["params"]["kernel"]
+    np.testing.assert_allclose(np.std(kernel), np.sqrt(variance), rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def _assert_close(ours: Any, theirs: np.ndarray, scale: float, tolerance: float)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * float(scale))
 
 
-@pytest.fixture(scope="module", params=TRAINED + ONLY_EVALUATED)
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Reference numbers, with the same weights read through the import and the model built for them."""
     name, _, origin = request.param.partition("-")
@@ -63,6 +63,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     }
 
 
+@pytest.mark.parametrize("case", TRAINED + ONLY_EVALUATED, indirect=True)
 def test_logits(case: dict[str, Any]) -> None:
     apply = functools.partial(case["model"].apply, train=False)
     logits = jax.jit(apply, compiler_options=FAST_COMPILATION)(case["variables"], case["images"])
@@ -70,10 +71,9 @@ def test_logits(case: dict[str, Any]) -> None:
     _assert_close(sample(np.asarray(logits), 512), case["logits"], case["largest_logit"], 1e-4)
 
 
+@pytest.mark.parametrize("case", TRAINED, indirect=True)
 def test_training_step(case: dict[str, Any]) -> None:
     """Loss, gradients of the first and the last kernel, and running statistics after one batch."""
-    if case["name"] in ONLY_EVALUATED:
-        pytest.skip("evaluated only")
     model, variables = case["model"], case["variables"]
     first, last = "conv1/kernel" if case["name"] == "alexnet" else "stem/conv/kernel", "head/kernel"
     labels = fill_labels(len(case["images"]))
