@@ -1,4 +1,4 @@
-"""Where arrays of a state lie, said of a mesh without devices."""
+"""Where arrays of a state lie, on a mesh without devices where that is enough."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from ltp_jax.sharding import make_mesh, state_sharding
+from ltp_jax.sharding import jit_step, make_mesh, replicated, state_sharding
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,12 @@ def test_an_axis_that_does_not_divide_the_devices_is_refused():
     for fsdp in (0, 3):
         with pytest.raises(ValueError, match=f"a mesh of 4 devices cannot have an fsdp axis of {fsdp}"):
             make_mesh(fsdp, devices=[object()] * 4)
+
+
+def test_a_compiled_step_takes_over_the_arrays_of_the_state():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = jax.device_put({"step": jnp.zeros(()), "w": jnp.ones(8)}, replicated(mesh))
+    step = jit_step(lambda state, batch: jax.tree.map(lambda leaf: leaf + batch.sum(), state), state, mesh)
+    after = step(state, jnp.ones(4))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
