@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.core import FrozenDict, freeze, unfreeze
 
 from ltp_jax.training import Apply
 from ltp_jax.trees import named_leaves
@@ -35,8 +34,7 @@ def linen_apply(module: nn.Module, preprocess: Callable[[jax.Array], jax.Array] 
         averages = updated.get("batch_stats", batch_stats)
         if missing := sorted(_paths(averages) - _paths(batch_stats)):
             raise ValueError(f"the network has batch statistics that were not given: {', '.join(missing)}")
-        # In the same kind of dict, or the step would be another one the second time.
-        return logits, (freeze if isinstance(batch_stats, FrozenDict) else unfreeze)(averages)
+        return logits, averages
 
     return apply
 
