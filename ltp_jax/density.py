@@ -1,8 +1,8 @@
 """How many weights thresholds leave, and the thresholds that leave so many.
 
-What there is of each layer is taken as one row, float32 ``[layers]``, in the order in which ``ravel_pytree`` puts the
-thresholds: as many scalars would each cost a compiler and a device an operation of its own. Nothing is sorted: a sort
-of one layer can take the compiler for a TPU half a minute, and numbers are found by halving instead.
+Quantities with one value per layer are rows, float32 ``[layers]``, in the order of ``ravel_pytree(thresholds)``: as
+many scalars would each cost a compiler and a device an operation of its own. Nothing is sorted: a sort of one layer can
+take the compiler for a TPU half a minute, and numbers are found by halving instead.
 """
 
 import math
@@ -184,7 +184,7 @@ def _smallest_kept(w: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _row(scalars: Scalars) -> jax.Array:
-    """What there is of each layer by path, as a row."""
+    """The values of all layers, given by path, as a row."""
     return ravel_pytree(jax.tree.map(jnp.float32, scalars))[0]
 
 

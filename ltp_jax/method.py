@@ -63,7 +63,7 @@ def soft_mask(w: jax.Array, threshold: jax.Array, temperature: jax.Array) -> jax
 def hard_mask(w: jax.Array, threshold: jax.Array) -> jax.Array:
     """``1[w² > τ]``, bool of the shape of ``w``: True where the weight survives.
 
-    One that is no number survives, so that a network that diverged is not taken for a sparse one.
+    NaN survives, so that a network that diverged is not taken for a sparse one.
     """
     return ~(jnp.square(w.astype(jnp.float32)) <= threshold)
 
@@ -157,9 +157,9 @@ def unsplit(x: jax.Array) -> jax.Array:
 
 
 def layer_sums(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``Σ x`` over each layer, float32 of the shape of the thresholds. On a CPU that of a single layer by halves: XLA
-    makes one pass of those additions and of what ``x`` is computed from, while its reduction wants ``x`` and every
-    constant in it written to memory first."""
+    """``Σ x`` over each layer, float32 of the shape of the thresholds. On a CPU, the sum of a single layer is taken
+    by repeated halving: XLA makes one pass of those additions and of what ``x`` is computed from, while its reduction
+    wants ``x`` and every constant in it written to memory first."""
 
     if shape or everywhere(x):  # an array that is split cannot take any shape
         return over_layers(jnp.sum, x, shape)

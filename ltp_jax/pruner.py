@@ -100,7 +100,7 @@ def project(params: Params, old_params: Params, thresholds: Scalars, fixed: Arra
 def finite_or_zero(grads: jax.Array) -> jax.Array:
     """The gradients, or zeros if one of them is not finite: a single bad batch would prune everything for good.
 
-    Updates are taken likewise: an optimizer that divides by a gradient, as ``prodigy`` does, gets one of zero at first.
-    Optimizers of weights are guarded against one by ``optax.apply_if_finite``.
+    Applied to updates too: an optimizer that divides by a gradient, as ``prodigy`` does, gives NaN for one of zero, and
+    the first may be that. Optimizers of weights are guarded against bad batches by ``optax.apply_if_finite``.
     """
     return jnp.where(jnp.all(jnp.isfinite(grads)), grads, 0)

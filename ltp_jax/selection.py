@@ -24,6 +24,10 @@ class Rule:
       stack_axes: the axes along which a tensor is a stack of layers, each with a threshold of its own: those that
         ``nn.scan`` and ``nn.vmap`` are told in ``variable_axes``, or that of the experts of a mixture. Counted from the
         end if negative.
+
+    Raises:
+      ValueError: if the pattern is not a regular expression.
+      TypeError: if ``prune`` is not a bool, ``min_ndim`` not an int, or ``stack_axes`` not a tuple of ints.
     """
 
     pattern: str

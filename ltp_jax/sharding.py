@@ -40,6 +40,13 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     An array is split along its largest dimension that the axis divides; small arrays stay whole. Give it to ``jax.jit``
     as ``in_shardings`` and ``out_shardings``: otherwise XLA may split small arrays, and the second step is compiled
     anew.
+
+    Args:
+      tree: the state, or its shapes from ``jax.eval_shape``.
+      mesh: the devices, with an axis ``fsdp``.
+
+    Returns:
+      A ``NamedSharding`` in the place of every leaf.
     """
     n = mesh.shape["fsdp"]
 
@@ -85,6 +92,17 @@ def jit_step(step: Callable[[Any, Any], Any], state: Any, mesh: Mesh) -> Callabl
 
 
 def global_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch as its part of the global arrays."""
+    """This process's rows of a batch as its part of the global arrays.
+
+    Args:
+      batch: arrays by name, ``[rows, ...]``; every process has as many rows.
+      mesh: the devices.
+
+    Returns:
+      By name the global arrays, ``[processes · rows, ...]``, split over all devices.
+
+    Raises:
+      ValueError: if the number of devices does not divide the global number of rows.
+    """
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -8,7 +8,7 @@ penalty, which is thereby set by the budget and no longer by the user.
 The offsets begin where the scores of LAMP would put the thresholds of the target. The score of a weight has no scale,
 so that rescaling a layer that batch normalisation follows does not change what is pruned, as with eq. 15.
 
-What there is of each layer is one row, float32 ``[layers]``, as in ``density``, which counts the weights.
+Quantities with one value per layer are rows, float32 ``[layers]``, as in ``density``, which counts the weights.
 """
 
 from collections.abc import Callable, Mapping

@@ -33,7 +33,9 @@ AS_SPARSE = 0.99
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The figures of one network of the trail. The dense network is entry 0. One that was not measured is NaN.
+    """The figures of one network of the trail. The dense network is entry 0.
+
+    An accuracy or loss that was not measured is NaN.
 
     Attributes:
       epoch: how many epochs of pruning it has seen.
@@ -88,7 +90,7 @@ class Entry:
 
     @property
     def measured(self) -> bool:
-        """Whether it has an accuracy; one that is no number can be compared with nothing."""
+        """Whether it has an accuracy; NaN can be compared with nothing."""
         return not math.isnan(self.top1)
 
     @property
@@ -142,13 +144,21 @@ class Trail:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The figures of all entries, by epoch."""
+        """The figures of all entries, by epoch; waits until those that are being written are on disk.
+
+        Raises:
+          TrailError: if an entry cannot be read, or could not be written in the background.
+        """
         self.wait()
         return tuple(self._entry(epoch) for epoch in self.epochs)
 
     @property
     def dense(self) -> Entry:
-        """The network before pruning."""
+        """The network before pruning, entry 0; waits as ``entries`` does.
+
+        Raises:
+          TrailError: if the trail lacks it; as ``entries``.
+        """
         if not (entries := self.entries) or entries[0].epoch != 0:
             raise TrailError(f"the trail in {self.path} lacks the dense network, entry 0")
         return entries[0]
@@ -194,7 +204,13 @@ class Trail:
         raise TrailError(f"no entry has {' and '.join(asked)}; the nearest is {min(entries, key=shortfall)}")
 
     def restore(self, entry: Entry) -> dict[str, Any]:
-        """The network of an entry: ``{"params": ..., "batch_stats": ...}``, nested dicts of numpy arrays."""
+        """The network of an entry: ``{"params": ..., "batch_stats": ...}``, nested dicts of numpy arrays.
+
+        Waits until all entries are on disk.
+
+        Raises:
+          TrailError: if the network is not there, or is broken; if an entry could not be written in the background.
+        """
         self.wait()
         return restore_network(self.path / str(entry.epoch) / "network")
 
@@ -208,7 +224,7 @@ class Trail:
 
         Raises:
           TrailError: if the directory cannot be written, or has an entry of this epoch; if the epoch is no such number,
-            one of the figures is none, or the network cannot be kept; also for an earlier entry that failed in the
+            a figure is not a number, or the network cannot be kept; also for an earlier entry that failed in the
             background.
         """
         if self._manager is None:
@@ -266,7 +282,7 @@ def _from_figures(figures: dict[str, Any]) -> Entry:
     """The entry of ``Entry.figures`` as JSON has them.
 
     Raises:
-      TypeError: if one of them is none, or missing.
+      TypeError: if a figure is not a number, or is missing.
       AttributeError: if they are no table.
     """
     entry = Entry(**{name: figure for name, figure in figures.items() if name != "gap"})

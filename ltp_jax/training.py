@@ -94,7 +94,7 @@ def zero_totals() -> dict[str, jax.Array]:
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Loss:
-    """Mean softmax cross entropy; a share ``label_smoothing`` of each label is spread over all classes."""
+    """Mean softmax cross entropy; a share ``label_smoothing``, in [0, 1], of each label is spread over all classes."""
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
         one_hot = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=jnp.promote_types(logits.dtype, jnp.float32))
@@ -116,8 +116,8 @@ def make_train_step(
       pruner: the pruning method, which updates its own thresholds.
       loss: what is minimised, together with the method's penalty, which a scale within it does not reach. Devices
         that each see a part of the batch by ``jax.shard_map`` take their mean here: a mean that the optimizer takes
-        would leave each with thresholds of its own. It is of no use without that function's check of what is
-        replicated (``check_vma``, on by default), nor under ``jax.pmap``: each device would have gradients of its own.
+        would leave each with thresholds of its own. Under ``jax.shard_map`` this needs ``check_vma=True``,
+        the default, and ``jax.pmap`` is not supported: each device would have gradients of its own.
 
     Raises:
       ValueError: from the step, if the labels are not of the logits' shape without its last axis.
@@ -159,10 +159,18 @@ def make_train_step(
 
 
 def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax.Array]]:
-    """Counts of one batch: float32 sums ``top1``, ``top5``, ``loss`` and ``examples``, over rows that are no padding.
+    """Evaluation of one batch, as a pure function.
 
-    With fewer than six classes every example counts in ``top5``. The step raises ValueError as that of training does,
-    also for the mask.
+    Args:
+      apply: the network.
+
+    Returns:
+      ``(params, batch_stats, batch) -> counts``: sums over the rows that are no padding, float32 scalars. ``examples``
+      counts them, ``top1`` and ``top5`` those whose label is among the one or five highest logits, ``loss`` adds up
+      their cross entropy in nats. With fewer than six classes every example counts in ``top5``.
+
+    Raises:
+      ValueError: from the step, if labels or mask are not of the logits' shape without its last axis.
     """
 
     def eval_step(params: Params, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -186,7 +194,7 @@ def make_eval_step(apply: Apply) -> Callable[[Params, Any, Batch], dict[str, jax
 
 
 def _numbers(logits: jax.Array) -> jax.Array:
-    """Which examples have logits that are numbers: the first of those that are none would pass for the highest."""
+    """Which examples have no NaN among their logits: it would pass for the highest of them."""
     return ~jnp.any(jnp.isnan(logits), -1)
 
 
