@@ -10,7 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from ltp_jax import method, transform
-from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
+from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_and_total_costs
 from ltp_jax.selection import Plan
 from ltp_jax.transform import PruneState, Scalars
 from ltp_jax.trees import named_leaves
@@ -64,14 +64,11 @@ def learned_thresholds(
       ValueError: if the plan prunes nothing, there is no step to learn in, a tensor that is pruned has no cost, or one
         that is not positive; from ``init``, as ``ltp_jax.init``, and if a tensor is of less precision than float32.
     """
-    if not plan.paths:
-        raise ValueError("the plan prunes no tensor: there is no threshold to learn")
+    unit, total = unit_and_total_costs(plan, costs)
     if learn_steps < 1:
         raise ValueError(f"learn_steps is {learn_steps}; accepted is 1 or more")
     if not callable(penalty):
         raise TypeError(f"the penalty is {penalty!r}; accepted is a function of the step, as optax has them")
-    unit = unit_costs(plan, costs)
-    total = sum(unit[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune)
 
     def init(params):
         prune = transform.init(params, plan, t0)

@@ -55,17 +55,20 @@ def dense() -> Pruner:
     )
 
 
-def unit_costs(plan: Plan, costs: Mapping[str, float] | None) -> dict[str, float]:
-    """What a weight of each tensor that is pruned costs, by path: one if nothing is said.
+def unit_and_total_costs(plan: Plan, costs: Mapping[str, float] | None) -> tuple[dict[str, float], float]:
+    """What a weight of each tensor that is pruned costs, by path: one if nothing is said. And what all of them cost.
 
     Raises:
-      ValueError: if one of them has no cost, or one that is not positive.
+      ValueError: if the plan prunes nothing, or one of the tensors has no cost, or one that is not positive.
     """
+    if not plan.paths:
+        raise ValueError("the plan prunes no tensor: there is no threshold to learn")
     given: dict[str, Any] = {path: 1.0 if costs is None else costs.get(path) for path in plan.paths}
     for path, cost in given.items():
         if cost is None or np.ndim(cost) or not 0 < float(cost) < math.inf:
             raise ValueError(f"{path} has a cost of {cost}; accepted is a positive number for each that is pruned")
-    return {path: float(cost) for path, cost in given.items()}
+    unit = {path: float(cost) for path, cost in given.items()}
+    return unit, sum(unit[tensor.path] * tensor.size for tensor in plan.tensors if tensor.prune)
 
 
 def project(params: Params, old_params: Params, thresholds: Scalars, fixed: ArrayLike) -> Params:

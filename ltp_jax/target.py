@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from ltp_jax import transform
 from ltp_jax.density import SLACK, exact_thresholds, lamp_offsets, measure, scaled_thresholds, solve_scale
-from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_costs
+from ltp_jax.pruner import Pruner, finite_or_zero, project, unit_and_total_costs
 from ltp_jax.selection import Plan
 from ltp_jax.transform import PruneState, Scalars
 from ltp_jax.trees import Params, named_leaves
@@ -131,11 +131,7 @@ def target_density(
         target is below one weight for each layer; from ``init``, as ``ltp_jax.init``, and if a tensor is not float32,
         whose weights are too often of exactly one size for a target to be met.
     """
-    sizes = {tensor.path: tensor.size for tensor in plan.tensors if tensor.prune}
-    if not sizes:
-        raise ValueError("the plan prunes no tensor: there is nothing to bring to a target")
-    unit = unit_costs(plan, costs)
-    total = sum(unit[path] * size for path, size in sizes.items())
+    unit, total = unit_and_total_costs(plan, costs)
     shares = {path: cost / total for path, cost in unit.items()}
     layers = {tensor.path: tensor.layers for tensor in plan.tensors if tensor.prune}
     least_density = sum(shares[path] * n for path, n in layers.items())
@@ -156,7 +152,7 @@ def target_density(
     def init(params: Params) -> TargetState:
         prune = transform.init(params, plan, t0)
         for path, leaf in named_leaves(params):
-            if path in sizes and leaf.dtype != jnp.float32:
+            if path in shares and leaf.dtype != jnp.float32:
                 raise ValueError(f"{path} is of {leaf.dtype}; to meet a target weights have to be float32")
         offsets, least, scale = begin(params, prune.thresholds)
         return TargetState(prune, jnp.log(scale), offsets, least, optimizer.init(offsets), jnp.zeros((), bool))
