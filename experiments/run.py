@@ -172,8 +172,11 @@ def dense_network(trainer: Trainer, start: Start | None) -> tuple[Any, Any]:
         if not config.own_dense.is_dir():
             make_dense(trainer, start)
         if jax.process_index() == 0:  # what an interrupted start left is cleared away, too
-            for stale in (config.workdir / "pretrain", *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
+            states = config.workdir / "pretrain"
+            for stale in (*states.glob("[0-9]*"), *config.workdir.glob("dense.orbax-checkpoint-tmp*")):
                 shutil.rmtree(stale, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else may keep other things there, or nothing is there
+                states.rmdir()
     path = config.dense or config.own_dense
     try:
         network = restore_network(path)

@@ -268,6 +268,21 @@ def test_a_damaged_dense_network_is_told_with_the_remedy(finished, tmp_path):
         start(tiny(tmp_path))
 
 
+def test_of_a_training_that_has_ended_its_own_states_are_removed_and_nothing_else(finished, tmp_path):
+    network = restore_network(finished / "dense")
+    trainer = SimpleNamespace(config=tiny(tmp_path), init_network=lambda: network)
+    save_network(tmp_path / "dense", **network)
+    for name in ("pretrain/39/state", "pretrain/40.orbax-checkpoint-tmp", "dense.orbax-checkpoint-tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pretrain" / "thesis.tex").write_text("years")
+    runs.dense_network(trainer, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "pretrain"]
+    assert [path.name for path in (tmp_path / "pretrain").iterdir()] == ["thesis.tex"]
+    (tmp_path / "pretrain" / "thesis.tex").unlink()
+    runs.dense_network(trainer, None)
+    assert not (tmp_path / "pretrain").exists()
+
+
 class Interrupted(Exception):
     pass
 
