@@ -40,24 +40,19 @@ def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
     """Writes one network, in the form that entries of a trail have; returns when it is on disk.
 
     Args:
-      path: the directory that it becomes; a network that is there is replaced.
+      path: the directory that it becomes. It is not there yet, or empty.
       params: the parameters.
       batch_stats: the batch statistics.
 
     Raises:
-      TrailError: if there is a file, or the directory holds anything else, or cannot be written, or the network
-        cannot be kept.
+      TrailError: if something is there already, or the directory cannot be written, or the network cannot be kept.
     """
     path = checkpoint_path(path)
-    if path.is_dir() and any(path.iterdir()) and not holds_network(path):
-        raise TrailError(
-            f"{path} holds other things than a network, which would be lost; name a directory for it alone"
-        )
-    if path.exists() and not path.is_dir():
-        raise TrailError(f"{path} is a file, which would be lost; name a directory for the network alone")
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise TrailError(f"{path} is there already; remove it, or name another directory")
     network = plain_network(params, batch_stats)
     with writing(path), ocp.StandardCheckpointer(async_options=_directories_first()) as checkpointer:
-        checkpointer.save(path, network, force=True)
+        checkpointer.save(path, network, force=True)  # or Orbax would refuse an empty directory
 
 
 def restore_network(path: str | Path) -> dict[str, Any]:

@@ -423,18 +423,18 @@ def test_an_epoch_is_a_whole_number(tmp_path, epoch):
     assert Trail(tmp_path).entries == (ENTRIES[1],)
 
 
-def test_a_network_replaces_a_network_and_nothing_else(tmp_path):
+def test_a_network_replaces_nothing(tmp_path):
+    """A network that is there would be lost, too, if the new one could not be written."""
     save_network(tmp_path / "dense", PARAMS, {})
-    save_network(tmp_path / "dense", {"w": jnp.ones(3)}, {})
-    assert list(restore_network(tmp_path / "dense")["params"]) == ["w"]
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(TrailError, match="holds other things than a network, which would be lost"):
-        save_network(tmp_path, PARAMS, {})
-    with pytest.raises(TrailError, match=r"thesis.tex is a file, which would be lost"):
-        save_network(tmp_path / "thesis.tex", PARAMS, {})
+    for taken in (tmp_path, tmp_path / "dense", tmp_path / "thesis.tex"):
+        with pytest.raises(TrailError, match=f"^{taken} is there already; remove it, or name another directory$"):
+            save_network(taken, {"w": jnp.ones(3)}, {})
+    assert list(restore_network(tmp_path / "dense")["params"]) == ["conv"]
     assert (tmp_path / "thesis.tex").read_text() == "years"
     (tmp_path / "empty").mkdir()
     save_network(tmp_path / "empty", PARAMS, {})
+    assert list(restore_network(tmp_path / "empty")["params"]) == ["conv"]
 
 
 def test_states_do_not_take_the_place_of_what_others_have_numbered(tmp_path):

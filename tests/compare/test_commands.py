@@ -160,6 +160,7 @@ def test_a_dense_network_that_cannot_be_pruned_is_refused(tmp_path, harness, wei
     kernel = next(iter(copy.plan.paths))
     flat = {name: np.full_like(w, weight) if name == f"params/{kernel}" else w for name, w in ltp.named_leaves(network)}
     broken = traverse_util.unflatten_dict(flat, sep="/")
+    shutil.rmtree(path)
     save_network(path, broken["params"], broken["batch_stats"])
     with pytest.raises(ConfigError, match=f"seed 0 cannot be pruned: {kernel} has {said}.*; remove .*dense_0, and it"):
         copy.dense_network(0)
