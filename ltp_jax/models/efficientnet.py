@@ -22,26 +22,19 @@ _STAGES = tuple(
 _LITE_STAGES = tuple(dataclasses.replace(stage, squeeze=0.0, activation=nn.relu6) for stage in _STAGES)
 
 
-def _row(name: str, width: float, depth: float, input_size: int, dropout_rate: float, parameters: int) -> NetworkSpec:
+def _row(
+    name: str, width: float, depth: float, input_size: int, dropout_rate: float, parameters: int, stages=_STAGES
+) -> NetworkSpec:
     options = {
-        "stages": scale(_STAGES, width, depth),
+        "stages": scale(stages, width, depth),
         "stem_features": round_channels(32 * width),
         "head_features": round_channels(1280 * width),
-        "activation": nn.silu,
+        "activation": stages[0].activation,
         "dropout_rate": dropout_rate,
         "drop_path_rate": 0.2,
     }
     return NetworkSpec(name, InvertedResidualNet, options, input_size, parameters)
 
-
-_LITE0 = {
-    "stages": _LITE_STAGES,
-    "stem_features": 32,
-    "head_features": 1280,
-    "activation": nn.relu6,
-    "dropout_rate": 0.2,
-    "drop_path_rate": 0.2,
-}
 
 NETWORKS = (
     _row("efficientnet_b0", 1.0, 1.0, 224, 0.2, 5_288_548),
@@ -49,5 +42,5 @@ NETWORKS = (
     _row("efficientnet_b2", 1.1, 1.2, 260, 0.3, 9_109_994),
     _row("efficientnet_b3", 1.2, 1.4, 300, 0.3, 12_233_232),
     _row("efficientnet_b4", 1.4, 1.8, 380, 0.4, 19_341_616),
-    NetworkSpec("efficientnet_lite0", InvertedResidualNet, _LITE0, 224, 4_652_008),
+    _row("efficientnet_lite0", 1.0, 1.0, 224, 0.2, 4_652_008, _LITE_STAGES),
 )
