@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ltp_jax.models.layers import Activation, BatchNorm, Conv, Padding, global_average_pool
+from ltp_jax.models.layers import Activation, ConvNorm, Padding, global_average_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,50 +61,6 @@ def scale(stages: Sequence[Stage], width: float, depth: float = 1.0) -> tuple[St
     )
 
 
-def _split(channels: int, shares: int) -> list[int]:
-    """Equal shares of ``channels``, the first taking what is left over."""
-    sizes = [channels // shares] * shares
-    sizes[0] += channels - sum(sizes)
-    return sizes
-
-
-class MixConvNorm(nn.Module):
-    """Convolutions side by side, each on its share of the channels (Tan and Le, arXiv 1907.09595), and batch norm.
-
-    One kernel size is an ordinary convolution, submodule ``conv``; several are ``conv_0``, ``conv_1``, ...
-    """
-
-    features: int
-    kernels: Sequence[int]
-    strides: int = 1
-    depthwise: bool = False
-    activation: Activation | None = nn.relu
-    padding: Padding = "torch"
-    epsilon: float = 1e-5
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        shares = len(self.kernels)
-        inputs, outputs = _split(x.shape[-1], shares), _split(self.features, shares)
-        stops = [sum(inputs[: index + 1]) for index in range(shares - 1)]
-        parts = jnp.split(x, stops, axis=-1)
-        for index, kernel in enumerate(self.kernels):
-            conv = Conv(
-                outputs[index],
-                kernel,
-                self.strides,
-                padding=self.padding,
-                groups=inputs[index] if self.depthwise else 1,
-                dtype=self.dtype,
-                name="conv" if shares == 1 else f"conv_{index}",
-            )
-            parts[index] = conv(parts[index])
-        x = parts[0] if shares == 1 else jnp.concatenate(parts, axis=-1)
-        x = BatchNorm(self.epsilon, self.dtype, name="norm")(x, train)
-        return x if self.activation is None else self.activation(x)
-
-
 class SqueezeExcite(nn.Module):
     """Rescales each channel by a function of all channels' means (Hu et al., arXiv 1709.01507)."""
 
@@ -133,7 +89,7 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         stage, inputs = self.stage, x.shape[-1]
-        conv_norm = functools.partial(MixConvNorm, padding=self.padding, epsilon=self.epsilon, dtype=self.dtype)
+        conv_norm = functools.partial(ConvNorm, padding=self.padding, epsilon=self.epsilon, dtype=self.dtype)
         hidden = inputs * stage.expansion
         y = x
         if stage.expansion != 1:
@@ -171,7 +127,7 @@ class InvertedResidualNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         conv_norm = functools.partial(
-            MixConvNorm,
+            ConvNorm,
             activation=self.activation,
             padding=self.padding,
             epsilon=self.epsilon,

@@ -193,17 +193,46 @@ class BatchNorm(nn.Module):
         return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
 
 
+def _split(channels: int, shares: int) -> list[int]:
+    """Equal shares of ``channels``, the first taking what is left over."""
+    sizes = [channels // shares] * shares
+    sizes[0] += channels - sum(sizes)
+    return sizes
+
+
 class ConvNorm(nn.Module):
-    """Convolution, batch normalisation, activation: submodules ``conv`` and ``norm``."""
+    """Convolution, batch normalisation, activation: submodules ``conv`` and ``norm``.
+
+    Of several kernel sizes each convolves its share of the channels (Tan and Le, arXiv 1907.09595): ``conv_0``,
+    ``conv_1``, ...
+    """
 
     features: int
-    kernel_size: int = 3
+    kernels: Sequence[int] = (3,)
     strides: int = 1
+    depthwise: bool = False
     activation: Activation | None = nn.relu
+    padding: Padding = "torch"
+    epsilon: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = Conv(self.features, self.kernel_size, self.strides, dtype=self.dtype, name="conv")(x)
-        x = BatchNorm(dtype=self.dtype, name="norm")(x, train)
+        shares = len(self.kernels)
+        inputs, outputs = _split(x.shape[-1], shares), _split(self.features, shares)
+        stops = [sum(inputs[: index + 1]) for index in range(shares - 1)]
+        parts = jnp.split(x, stops, axis=-1)
+        for index, kernel in enumerate(self.kernels):
+            conv = Conv(
+                outputs[index],
+                kernel,
+                self.strides,
+                padding=self.padding,
+                groups=inputs[index] if self.depthwise else 1,
+                dtype=self.dtype,
+                name="conv" if shares == 1 else f"conv_{index}",
+            )
+            parts[index] = conv(parts[index])
+        x = parts[0] if shares == 1 else jnp.concatenate(parts, axis=-1)
+        x = BatchNorm(self.epsilon, self.dtype, name="norm")(x, train)
         return x if self.activation is None else self.activation(x)

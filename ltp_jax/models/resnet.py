@@ -36,7 +36,7 @@ class _Block(nn.Module):
         if self.strides != 1 or x.shape[-1] != features:
             shortcut = ConvNorm(
                 features,
-                kernel_size=1,
+                kernels=(1,),
                 strides=self.strides,
                 activation=None,
                 dtype=self.dtype,
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        stem = ConvNorm(64, 7, 2, dtype=self.dtype, name="stem")
+        stem = ConvNorm(64, (7,), 2, dtype=self.dtype, name="stem")
         x = max_pool(stem(images, train), 3, 2, padding=1)
         for stage, repeats in enumerate(self.repeats, start=1):
             for index in range(repeats):
