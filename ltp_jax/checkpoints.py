@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from ltp_jax.trees import named_leaves
 
@@ -65,12 +66,8 @@ def restore_network(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise TrailError(f"there is no network in {path}")
     try:
-        # Each process of a job reads for itself.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}
-        )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
             if metadata is None:
                 raise ValueError("it is damaged, or was not written by this project")
@@ -79,6 +76,10 @@ def restore_network(path: str | Path) -> dict[str, Any]:
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
     except Exception as error:  # Orbax raises what its parts raise
         raise TrailError(f"the network in {path} cannot be read: {in_one_line(error)}") from error
+
+
+READ, BROKEN, UNREACHED = range(3)
+"""What came of reading a state; of a job, the greatest that one of its processes has."""
 
 
 class Resume:
@@ -126,38 +127,56 @@ class Resume:
         self._latest = step
 
     def restore(self, abstract_state: T) -> T | None:
-        """The latest state that can be read, or None if none was saved. Later ones, which cannot, are removed.
+        """The latest state that all processes of the job can read, or None if none was saved.
+
+        Later ones, which are damaged, are removed.
 
         Args:
           abstract_state: ``jax.ShapeDtypeStruct`` leaves with the shardings wanted, which need not be those it was
             saved with.
 
         Raises:
-          TrailError: if states are there and none can be read as such a state.
+          TrailError: if states are there and none can be read as such a state; or if one could not be read for a reason
+            that may pass. It stays as it is then.
         """
         self.wait()
-        failure, broken = None, []
-        for step in reversed(self.steps):
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-                state = self._manager.restore(step, args=args)["state"]
-            except Exception as error:  # Orbax raises what its parts raise
-                log.warning("the state of step %d in %s cannot be read: %s", step, self.path, in_one_line(error))
-                failure = failure or error
-                broken.append(step)
-                continue
-            self._latest = step
-            # They would stand in the way of the same steps, and be kept in place of a good one.
-            with writing(self.path):
-                for step in broken:
-                    self._manager.delete(step)
-            return state
+        failure, broken = None, set()
+        while (step := _most(max({*self.steps} - broken, default=-1))) >= 0:
+            state, error = self._read(step, abstract_state)
+            verdict = _most(READ if error is None else UNREACHED if _may_pass(error) else BROKEN)
+            if verdict == READ:
+                self._latest = step
+                # They would stand in the way of the same steps, and be kept in place of a good one.
+                with writing(self.path):
+                    for later in broken:
+                        self._manager.delete(later)
+                return state
+            said = "another process of this job says so" if error is None else in_one_line(error)
+            if verdict == UNREACHED:
+                raise TrailError(
+                    f"the state of step {step} in {self.path} could not be read ({said}); it stays as it is. Once this "
+                    "is mended, or has passed, start again"
+                ) from error
+            log.warning("the state of step %d in %s cannot be read: %s", step, self.path, said)
+            failure = failure or said
+            broken.add(step)
         if failure is not None:
             raise TrailError(
-                f"no state in {self.path} can be read as one of this run ({in_one_line(failure)}); "
+                f"no state in {self.path} can be read as one of this run ({failure}); "
                 "remove that directory to start over"
-            ) from failure
+            )
         return None
+
+    def _read(self, step: int, abstract_state: T) -> tuple[T | None, Exception | None]:
+        """A state, or why this process cannot read it. No other process is waited for: it may have no such trouble."""
+        try:
+            with ocp.Checkpointer(
+                ocp.StandardCheckpointHandler(multiprocessing_options=_alone()), multiprocessing_options=_alone()
+            ) as checkpointer:
+                args = ocp.args.StandardRestore(abstract_state)
+                return checkpointer.restore(self.path / str(step) / "state", args=args), None
+        except Exception as error:  # Orbax raises what its parts raise
+            return None, error
 
     def wait(self) -> None:
         """Returns when all states are on disk."""
@@ -240,6 +259,29 @@ def _directories_first() -> ocp.options.AsyncOptions:
     """Makes directories before the rest goes on in the background: where one cannot be made there, Orbax leaves threads
     that wait for it minutes beyond the end of a script."""
     return ocp.options.AsyncOptions(create_directories_asynchronously=False)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Has each process of a job read for itself."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
+def _most(value: int) -> int:
+    """The greatest of the values that the processes of the job have."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the file system or the device is to blame for what Orbax raised while it read, and not what it read."""
+    while error is not None:
+        # TensorStore's are mere ValueErrors, with the number of the file system's error among what they say.
+        if isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError) or "os_error_code=" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 class _Manager(ocp.CheckpointManager):

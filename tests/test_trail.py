@@ -355,6 +355,29 @@ def test_broken_resume_state_gives_way_to_the_one_before(tmp_path, caplog):
     assert restored["step"] == 2
 
 
+@pytest.mark.parametrize(
+    ("pattern", "elsewhere"),
+    [("_METADATA", "/proc/self/mem"), ("manifest.ocdbt", "/" + 300 * "a"), ("ocdbt.process_0/d/*", "/" + 300 * "a")],
+)
+def test_a_state_that_the_file_system_does_not_give_is_left_as_it_is(tmp_path, pattern, elsewhere):
+    """As it may for a moment: what links lead to gives an input/output error, or has too long a name."""
+    state = {"w": jax.random.normal(jax.random.key(0), (40, 50))}
+    with contextlib.closing(Resume(tmp_path / "resume")) as resume:
+        resume.save(1, state)
+        resume.save(2, state)
+    shutil.copytree(tmp_path / "resume" / "2", tmp_path / "whole")
+    for path in (tmp_path / "resume" / "2" / "state").glob(pattern):
+        path.unlink()
+        path.symlink_to(elsewhere)
+    with contextlib.closing(Resume(tmp_path / "resume")) as resume:
+        with pytest.raises(TrailError, match=r"the state of step 2 in .* could not be read \(.*\); it stays as it is"):
+            resume.restore(abstract(state))
+        shutil.rmtree(tmp_path / "resume" / "2")
+        shutil.copytree(tmp_path / "whole", tmp_path / "resume" / "2")
+        assert resume.restore(abstract(state)) is not None
+        assert resume.steps == (1, 2)
+
+
 def test_a_state_never_stands_in_for_that_of_another_run(tmp_path):
     state = {"w": jnp.ones(3)}
     with contextlib.closing(Resume(tmp_path / "resume")) as resume:

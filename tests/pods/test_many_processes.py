@@ -43,6 +43,44 @@ sys.argv = ["digits.py", f"--workdir={folder}", f"--train.epochs={2 + int(words[
 run_command(digits.main)
 """
 
+# Two states of an array that two processes share. Then a state that process 1 cannot read is tried, and one that is not
+# whole, of which only process 1 needs what is missing.
+RESUME = """
+import shutil, sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from experiments.config import DistributedConfig
+from experiments.distributed import initialize
+from ltp_jax.checkpoints import Resume, TrailError
+
+folder, address, processes, process = sys.argv[1], *(word.partition("=")[2] for word in sys.argv[2:])
+initialize(DistributedConfig(
+    coordinator_address=address, num_processes=int(processes), process_id=int(process)
+))
+split = jax.NamedSharding(jax.make_mesh((2,), ("d",)), jax.P("d"))
+make = jax.jit(lambda step: {"w": step + jnp.arange(100_000.0)}, out_shardings=split)
+resume = Resume(folder)
+for step in (1, 2):
+    resume.save(step, make(step))
+resume.wait()
+abstract = {"w": jax.ShapeDtypeStruct((100_000,), jnp.float32, sharding=split)}
+
+class Blind(Resume):
+    def _read(self, step, abstract_state):
+        return (None, OSError("Stale file handle")) if process == "1" else super()._read(step, abstract_state)
+
+try:
+    Blind(folder).restore(abstract)
+except TrailError as error:
+    print(error)
+print(resume.steps)
+if process == "1":
+    shutil.rmtree(Path(folder) / "2" / "state" / "ocdbt.process_1")
+print(resume.restore(abstract)["w"].addressable_data(0)[0] % 50_000, resume.steps)
+resume.close()
+"""
+
 SIGTERM, SIGKILL = str(int(signal.SIGTERM)), str(int(signal.SIGKILL))
 
 
@@ -122,6 +160,16 @@ def test_processes_with_the_same_cores_share_them(jobs):
     ended = jobs.start([sys.executable, "-c", SHARERS], 3, 1, {})
     assert_all_done(ended)
     assert [process.stdout.splitlines()[-1] for process in ended] == ["sharers 2", "sharers 1", "sharers 2"]
+
+
+def test_processes_go_on_from_the_same_state(jobs, tmp_path):
+    """What one of them cannot read for now stays, and all stop; what is damaged gives way to the one before in all."""
+    ended = jobs.start([sys.executable, "-c", RESUME, str(tmp_path / "resume")], 2, 1, {})
+    assert_all_done(ended)
+    for process, said in zip(ended, ("another process of this job says so", "Stale file handle"), strict=True):
+        told = process.stdout.splitlines()[-3:]
+        assert told[0].startswith(f"the state of step 2 in {tmp_path / 'resume'} could not be read ({said}); it stays")
+        assert told[1:] == ["(1, 2)", "1.0 (1,)"]
 
 
 def test_other_number_of_processes_goes_on(jobs, undisturbed, tmp_path):
