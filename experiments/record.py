@@ -66,7 +66,7 @@ def record(
 
     Raises:
       ConfigError: if the directory holds a run with other options or images, naming them, or one without a record of
-        them, or a file of somebody else's where the record would be; if it is a folder of another run.
+        them, or something of somebody else's where a run would write; if it is a folder of another run.
     """
     if config.workdir.name in FOLDERS and _is_record(config.workdir.parent / "config.json"):
         raise ConfigError(f"--workdir is {config.workdir}, where another run keeps what is its own; choose another")
@@ -114,19 +114,21 @@ def _was_begun(config: Config) -> bool:
 
 
 def _of_somebody_else(config: Config) -> Path | None:
-    """What is where a run would write its dense network or its record, and is neither: a file, JSON or a folder."""
+    """What is where a run would write its dense network, its record or its figures, and is not of a run."""
     if config.own_dense.is_file():
         return config.own_dense
     path = config.workdir / "config.json"
-    return path if _is_record(path) is False else None
+    if _is_record(path):
+        return None
+    return next((taken for taken in (path, config.workdir / "metrics.jsonl") if taken.exists()), None)
 
 
-def _is_record(path: Path) -> bool | None:
-    """Whether a file is the record of a run; None if nothing is there, or a file that is no JSON."""
+def _is_record(path: Path) -> bool:
+    """Whether there is the record of a run. It is written as a whole: what cannot be read as one is something else."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False if path.is_dir() else None
+        return False
     return isinstance(found, dict) and {"arch", "ltp"} <= found.keys()
 
 

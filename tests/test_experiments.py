@@ -504,8 +504,7 @@ def test_a_run_is_not_gone_on_with_where_its_options_are_not_known(tmp_path, tex
     with pytest.raises(ConfigError, match=r"holds what a run saved, but no record of its options .* choose another"):
         record(tiny(tmp_path), images=IMAGES)
     (tmp_path / "resume" / "39").rename(tmp_path / "resume" / ".DS_Store")  # nothing of a run
-    if text == "[1]":
-        (tmp_path / "config.json").unlink()  # a file of somebody else's stays, see below
+    (tmp_path / "config.json").unlink(missing_ok=True)  # a file of somebody else's stays, see below
     record(tiny(tmp_path), images=IMAGES)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
@@ -519,12 +518,20 @@ def test_options_may_change_as_long_as_nothing_was_saved(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
-@pytest.mark.parametrize("text", ['{"mine": 1}', "[]"])
-def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json is there already, and not of a run; choose another --workdir"):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"mine": 1}'),
+        ("config.json", "[]"),
+        ("config.json", "{\n  // of another tool\n}"),
+        ("metrics.jsonl", '{"mine": 1}\n'),
+    ],
+)
+def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"/{name} is there already, and not of a run; choose another --workdir"):
         record(tiny(tmp_path), images=IMAGES)
-    assert (tmp_path / "config.json").read_text() == text
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, text)]
 
 
 def test_a_platform_without_a_device_is_one_message(tmp_path):
