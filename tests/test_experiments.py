@@ -534,8 +534,12 @@ def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, name, text):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, text)]
 
 
-def test_a_platform_without_a_device_is_one_message(tmp_path):
-    done = run_python("-m", "experiments.digits", f"--workdir={tmp_path}", JAX_PLATFORMS="cuda")
+@pytest.mark.parametrize(
+    "words", [["digits", "--workdir={tmp_path}"], ["benchmarks.lean_step", "time", "--arch=digits"]]
+)
+def test_a_platform_without_a_device_is_one_message(tmp_path, words):
+    module, *words = (word.format(tmp_path=tmp_path) for word in words)
+    done = run_python("-m", f"experiments.{module}", *words, JAX_PLATFORMS="cuda")
     assert done.returncode == 1
     assert re.fullmatch("error: JAX finds no device to compute on: .*, or set JAX_PLATFORMS=cpu\n", done.stderr)
 

@@ -92,13 +92,14 @@ class Time:
     """The JSON file to add to."""
 
     def check(self) -> None:
-        """Raises ConfigError for the first option that is impossible."""
+        """Raises ConfigError for the first option that is impossible, RunError if there is no device."""
         require_local(self, "out")
         check_arch(self.arch)
         if self.image_size is not None:
             smallest = models.spec(self.arch).min_size
             require(self.image_size >= smallest, "--image-size", self.image_size, f"at least {smallest}")
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        require_device()
         if self.batch_size % jax.device_count():
             raise ConfigError(
                 f"--batch-size is {self.batch_size}; accepted are multiples of the {jax.device_count()} devices"
@@ -177,7 +178,6 @@ def run_time(options: Time) -> None:
     """Times steps in turns, so that whatever else the machine does falls on all of them."""
     size = options.image_size or models.spec(options.arch).input_size
     read(options.out, TIME_KEYS)  # refused now, if it holds something else
-    require_device()
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     running: dict[str, tuple[Any, Any, Any]] = {}

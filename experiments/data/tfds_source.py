@@ -112,7 +112,7 @@ def open_split(name: str, data_dir: DataDir, split: str) -> TfdsSplit:
         files = source.dataset_info.splits[split].file_instructions
     except (ValueError, KeyError) as error:
         known = ", ".join(info.splits)
-        raise DataError(f"{name} has no split '{split}'. Its splits are: {known}.") from error
+        raise DataError(f"{name} has no split '{split}', or it holds no example. Its splits are: {known}.") from error
     _check_complete(name, data_dir, builder, files)
     features = info.features
     return TfdsSplit(

@@ -116,9 +116,10 @@ def test_damage_inside_a_file(tiny, tmp_path):
         split.read(range(len(split)))
 
 
-@pytest.mark.parametrize("split", ["validation", "train[["])
-def test_an_unknown_split_comes_with_those_there_are(tiny, tmp_path, split):
-    assert message("tiny", tmp_path, split) == f"tiny has no split '{split}'. Its splits are: train, test."
+@pytest.mark.parametrize("split", ["validation", "train[[", "test[:1%]"])
+def test_an_unknown_or_empty_split_comes_with_those_there_are(tiny, tmp_path, split):
+    said = f"tiny has no split '{split}', or it holds no example. Its splits are: train, test."
+    assert message("tiny", tmp_path, split) == said
 
 
 def test_a_dataset_without_classes(make_dataset, photos, tmp_path):
