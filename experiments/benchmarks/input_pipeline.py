@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments.data.dataset import DataError
 from experiments.data.photographs import photographs
 from experiments.data.tfds_source import Example, open_split
+from experiments.data.tfds_writing import serialize, write_dataset
 from experiments.ending import run_command
 from experiments.options import ConfigError, read_options, require, require_local, require_writable
 from experiments.record import write_whole
@@ -48,7 +47,7 @@ class Options:
     """What to measure."""
 
     data_dir: Path | None = None
-    """The TFDS data directory; TFDS's own default where nothing is said."""
+    """The TFDS data directory; TFDS's own default if not given."""
     dataset: str = "clothing_small"
     """A TFDS image-classification dataset whose training images are JPEGs."""
     images: int = 1024
@@ -58,9 +57,11 @@ class Options:
     image_size: int = 224
     """Side of the resulting squares, in pixels."""
     batch_size: int = 64
+    """Images of a batch."""
     batches: int = 10
     """Measured in each turn of each pipeline."""
     turns: int = 7
+    """How many times each pipeline is measured."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes for the measurement of scaling; none leaves it out."""
     out: Path = Path("runs/input_pipeline.json")
@@ -108,7 +109,12 @@ def main() -> None:
 
 
 def _measure(examples: Sequence[Example], folder: Path, options: Options) -> dict[str, Any]:
-    _write_array_record(examples, folder)
+    features = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(num_classes=max(example.label for example in examples) + 1),
+    }
+    serialized = [serialize(example._asdict()) for example in examples]
+    write_dataset(folder / "benchmark" / "1.0.0", features, {"train": serialized})
 
     def loader(workers: int = 0) -> Iterator[Any]:
         return photographs(
@@ -151,7 +157,7 @@ def _tf_data_pipelines(
     path = str(folder / "examples.tfrecord")
     with tf.io.TFRecordWriter(path) as writer:
         for example in examples:
-            writer.write(_serialize(example))
+            writer.write(serialize(example._asdict()))
     size = options.image_size
 
     def prepare(serialized: Any, antialias: bool, dct_method: str) -> Any:
@@ -196,38 +202,6 @@ def _enlarge(encoded: bytes, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.crop((left, top, left + width, top + height)).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def _serialize(example: Example) -> bytes:
-    messages: Any = tf_example_pb2
-    message = messages.Example()
-    message.features.feature["image"].bytes_list.value.append(example.image)
-    message.features.feature["label"].int64_list.value.append(example.label)
-    return message.SerializeToString()
-
-
-def _write_array_record(examples: Sequence[Example], folder: Path) -> None:
-    """Writes a TFDS dataset named `benchmark`."""
-    version = tfds.core.as_path(folder) / "benchmark" / "1.0.0"
-    version.mkdir(parents=True)
-    files = tfds.core.ShardedFileTemplate(version, dataset_name="benchmark", filetype_suffix="array_record")
-    train = files.replace(split="train")
-    writer = ArrayRecordWriter(str(train.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
-    for example in examples:
-        writer.write(_serialize(example))
-    writer.close()
-    features = {
-        "image": tfds.features.Image(encoding_format="jpeg"),
-        "label": tfds.features.ClassLabel(num_classes=max(example.label for example in examples) + 1),
-    }
-    split = tfds.core.SplitInfo(name="train", shard_lengths=[len(examples)], num_bytes=0, filename_template=train)
-    tfds.folder_dataset.write_metadata(
-        data_dir=version,
-        features=tfds.features.FeaturesDict(features),
-        split_infos=[split],
-        filename_template=files,
-        check_data=False,
-    )
 
 
 def _throughput_table(title: str, measured: dict[str, Any]) -> Table:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from experiments.data.dataset import DataError
 from experiments.data.tfds_source import open_split
@@ -123,7 +125,7 @@ def test_an_unknown_or_empty_split_comes_with_those_there_are(tiny, tmp_path, sp
 
 
 def test_a_dataset_without_classes(make_dataset, photos, tmp_path):
-    make_dataset("tiny", {"train": photos}, label_kind="number")
+    make_dataset("tiny", {"train": photos}, label=tfds.features.Scalar(np.int64))
     text = message("tiny", tmp_path)
     assert text.startswith("tiny is not a dataset for image classification")
     assert "Its features are: file_name (Text), image (Image), label (Scalar)." in text
