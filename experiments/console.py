@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,16 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from experiments.ending import RunError
 from experiments.record import write_whole
@@ -51,6 +59,17 @@ def _replace_handlers(logger: logging.Logger, handlers: list[logging.Handler]) -
     logger.handlers = list(handlers)
 
 
+class ImagesPerSecond(ProgressColumn):
+    """The rate of the last steps, of so many images each: what compilation and evaluations take passes out of it."""
+
+    def __init__(self, images: int):
+        super().__init__()
+        self._images = images
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed * self._images:,.0f} images/s")
+
+
 @contextlib.contextmanager
 def progress_bar(console: Console, title: str, total: int, done: int, images: int) -> Iterator[Callable[[], None]]:
     """A bar with rate and time left on a terminal; nothing elsewhere, nor on any process but the first.
@@ -64,20 +83,12 @@ def progress_bar(console: Console, title: str, total: int, done: int, images: in
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        ImagesPerSecond(images),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total, completed=done, rate="")
-        start, steps = time.monotonic(), 0
-
-        def advance() -> None:
-            nonlocal steps
-            steps += 1
-            rate = steps * images / max(time.monotonic() - start, 1e-9)
-            progress.update(task, advance=1, rate=f"{rate:,.0f} images/s")
-
-        yield advance
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda: progress.advance(task)
 
 
 class MetricsWriter:

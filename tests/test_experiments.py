@@ -25,7 +25,7 @@ from tensorboardX.proto.event_pb2 import Event
 from experiments import ending, report, trainer
 from experiments import run as runs
 from experiments.config import LtpConfig, MeshConfig, TrainConfig, parse
-from experiments.console import MetricsWriter
+from experiments.console import MetricsWriter, progress_bar
 from experiments.data.dataset import DataError
 from experiments.data.digits import digits
 from experiments.digits import DigitsConfig
@@ -233,6 +233,22 @@ def test_a_damaged_line_of_figures_is_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == good
     metrics.write("prune", "train", 4, {"loss": 0.25})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_bar_tells_the_rate_of_the_steps_and_not_of_what_was_before_them():
+    now, written = [0.0], io.StringIO()
+    console = Console(file=written, force_terminal=True, width=120, get_time=lambda: now[0])
+    with progress_bar(console, "prune", total=10, done=4, images=64) as advance:
+        for now[0] in (1000.0, 1000.5, 1001.0):  # the first step was compiled
+            advance()
+    assert re.findall(r"prune .*\b(\d+/10)\S* .*\b(\d+) images/s", written.getvalue())[-1] == ("7/10", "128")
+
+
+def test_there_is_no_bar_in_a_file():
+    console = Console(file=io.StringIO())
+    with progress_bar(console, "prune", total=10, done=4, images=64) as advance:
+        advance()
+    assert console.file.getvalue() == ""
 
 
 def told_to_tensorboard(folder):
