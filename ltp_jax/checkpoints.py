@@ -154,8 +154,9 @@ class Resume:
             said = "another process of this job says so" if error is None else in_one_line(error)
             if verdict == UNREACHED:
                 raise TrailError(
-                    f"the state of step {step} in {self.path} could not be read ({said}); it stays as it is. Once this "
-                    "is mended, or has passed, start again"
+                    f"the state of step {step} in {self.path} could not be read ({said}); it stays as it is. Start "
+                    f"again once this is mended, or has passed; without {self.path / str(step)} it goes on from the "
+                    "state before"
                 ) from error
             log.warning("the state of step %d in %s cannot be read: %s", step, self.path, said)
             failure = failure or said
@@ -276,7 +277,7 @@ def _most(value: int) -> int:
 
 def _may_pass(error: BaseException | None) -> bool:
     """Whether the file system or the device is to blame for what Orbax raised while it read, and not what it read."""
-    while error is not None:
+    while error is not None and not isinstance(error, FileNotFoundError):
         # TensorStore's are mere ValueErrors, with the number of the file system's error among what they say.
         if isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError) or "os_error_code=" in str(error):
             return True
