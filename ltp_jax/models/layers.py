@@ -221,7 +221,7 @@ class ConvNorm(nn.Module):
         shares = len(self.kernels)
         inputs, outputs = _split(x.shape[-1], shares), _split(self.features, shares)
         stops = [sum(inputs[: index + 1]) for index in range(shares - 1)]
-        parts = jnp.split(x, stops, axis=-1)
+        parts = [x] if shares == 1 else jnp.split(x, stops, axis=-1)
         for index, kernel in enumerate(self.kernels):
             conv = Conv(
                 outputs[index],
