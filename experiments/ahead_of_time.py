@@ -25,7 +25,7 @@ import optax
 
 import ltp_jax as ltp
 from experiments.chips import topology as find_topology
-from experiments.components import init_network, ltp_pruner, network_uses, weights_optimizer
+from experiments.components import ltp_pruner, network_shapes, network_uses, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
 from experiments.hlo import Collective, collectives
 from ltp_jax.adapters import linen_apply
@@ -113,7 +113,7 @@ class Parts(NamedTuple):
 def parts(step: Step) -> Parts:
     """Those of a step's run."""
     steps_per_epoch = max(step.train.steps_per_epoch(step.train_size), 1)
-    network = jax.eval_shape(lambda: init_network(step.module, step.image_shape, 0))
+    network = network_shapes(step.module, step.image_shape)
     pruner = dense()
     if step.ltp is not None:
         plan = ltp.plan(network["params"])

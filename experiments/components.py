@@ -29,9 +29,14 @@ def init_network(module: nn.Module, image_shape: tuple[int, ...], seed: int) -> 
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
+def network_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The same as shapes alone."""
+    return jax.eval_shape(lambda: init_network(module, image_shape, 0))
+
+
 def network_plan(module: nn.Module, image_shape: tuple[int, ...]) -> ltp.Plan:
     """What is pruned of a network for images of ``[height, width, channels]``, from shapes alone."""
-    return ltp.plan(jax.eval_shape(lambda: init_network(module, image_shape, 0))["params"])
+    return ltp.plan(network_shapes(module, image_shape)["params"])
 
 
 def check_network(network: dict[str, Any], shapes: Any, path: Path, arch: str) -> None:

@@ -11,24 +11,22 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-import ltp_jax as ltp
 from experiments.ahead_of_time import CompileError, DoesNotFit, Figures, Step, TooSlow, compile_step
 from experiments.chips import Topology
 from experiments.chips import topology as find_topology
-from experiments.components import check_batch, init_network, ltp_pruner, network_uses, weights_optimizer
-from experiments.config import MeshConfig, TrainConfig
+from experiments.components import network_shapes, weights_optimizer
 from experiments.ending import RunError
 from experiments.imagenet_config import ImagenetConfig
 from experiments.options import ConfigError, require_writable
 from experiments.record import write_json
-from experiments.run import check_dense
+from experiments.run import Checked, check_dense, check_network_and_devices
 from ltp_jax import models
 from ltp_jax.pruner import dense
 from ltp_jax.training import create_state
 
 
 def report(
-    config: ImagenetConfig, module: nn.Module, *, image_size: int, train_size: int, pretrain: TrainConfig | None
+    config: ImagenetConfig, module: nn.Module, *, image_size: int, train_size: int, pretrains: bool
 ) -> dict[str, Any]:
     """Prints what the run would do, and writes it to ``dry_run.json`` in the working directory.
 
@@ -38,7 +36,7 @@ def report(
       module: the network, in the compute dtype of the run.
       image_size: side of the images in pixels.
       train_size: images of an epoch.
-      pretrain: training of the dense network, if the run trains one.
+      pretrains: whether the run trains its dense network.
 
     Returns:
       What is written: the facts of the run and, if there is a topology, the compiler's figures: ``ltp``, ``dense`` and
@@ -54,24 +52,16 @@ def report(
     topology = None if config.topology is None else find_topology(config.topology)
     devices = jax.device_count() if topology is None else topology.chips
     train = config.train
-    # With these every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
-    if devices % config.mesh.fsdp:
-        raise ConfigError(f"--mesh.fsdp is {config.mesh.fsdp}; accepted are divisors of the {devices} devices")
-    for stage, stage_config in (("train", train), ("pretrain", pretrain)):
-        if stage_config is not None:
-            check_batch(stage, stage_config, devices, train_size, "the dataset")
     shape = (image_size, image_size, models.spec(config.arch).channels)
-
-    network = jax.eval_shape(lambda: init_network(module, shape, 0))
-    plan = ltp.plan(network["params"])
-    uses = network_uses(module, shape, plan)
-    ltp_pruner(config.ltp, plan, train.steps(train_size), uses)
+    checked = check_network_and_devices(
+        config, module, shape, images=train_size, dataset="the dataset", devices=devices, pretrains=pretrains
+    )
     if config.dense is not None and config.dense.exists():
-        check_dense(config.dense, config, network, plan)
+        check_dense(config.dense, config, checked.shapes, checked.plan)
     path = config.workdir / "dry_run.json"
     require_writable("--workdir", path)
-    facts = _facts(module, network, plan, uses, train, config.mesh, shape, devices, train_size)
-    console.print(str(plan), highlight=False, soft_wrap=True)
+    facts = _facts(config, module, checked, shape, devices, train_size)
+    console.print(str(checked.plan), highlight=False, soft_wrap=True)
     console.print(_facts_table(config.arch, facts, devices, topology))
     found: dict[str, Any] = {"arch": config.arch, "topology": config.topology, "devices": devices, **facts}
     if topology is not None:
@@ -135,23 +125,21 @@ def activation_bytes(module: nn.Module, image_shape: tuple[int, ...]) -> int:
         return output
 
     with nn.intercept_methods(watch):
-        jax.eval_shape(lambda: init_network(module, image_shape, 0))
+        network_shapes(module, image_shape)
     width = jnp.dtype(getattr(module, "dtype", jnp.float32)).itemsize
     return width * sum(math.prod(array.shape) for array in (*inputs.values(), *outputs))
 
 
 def _facts(
+    config: ImagenetConfig,
     module: nn.Module,
-    network: dict[str, Any],
-    plan: ltp.Plan,
-    uses: dict[str, float],
-    train: TrainConfig,
-    mesh: MeshConfig,
+    checked: Checked,
     image_shape: tuple[int, ...],
     devices: int,
     train_size: int,
 ) -> dict[str, Any]:
-    params, batch_stats = network["params"], network["batch_stats"]
+    network, plan, uses = checked
+    train, params, batch_stats = config.train, network["params"], network["batch_stats"]
     optimizer = weights_optimizer(train, 1)
     state = jax.eval_shape(lambda p, s: create_state(p, s, optimizer, dense(), jax.random.key(0)), params, batch_stats)
     sizes = {tensor.path: tensor.size for tensor in plan.tensors}
@@ -170,7 +158,7 @@ def _facts(
         "epochs": train.epochs,
         "state_bytes": state_bytes,
         # The gradients are as large as the parameters.
-        "predicted_bytes": round((state_bytes + parameter_bytes) / mesh.fsdp)
+        "predicted_bytes": round((state_bytes + parameter_bytes) / config.mesh.fsdp)
         + images * (activation_bytes(module, image_shape) + math.prod(image_shape)),
         "entry_bytes": _bytes(network),
         "entry_bytes_10x": round(bits / 8) + _bytes(batch_stats),

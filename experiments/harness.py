@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import optax
 
 import ltp_jax as ltp
-from experiments.components import check_network, init_network, network_plan, normalising_apply, weights_optimizer
+from experiments.components import (
+    check_network,
+    init_network,
+    network_plan,
+    network_shapes,
+    normalising_apply,
+    weights_optimizer,
+)
 from experiments.config import TrainConfig
 from experiments.data.in_memory import InMemoryDataset
 from experiments.ending import require_device
@@ -120,7 +127,6 @@ class Harness:
           TrailError: if the one on disk is damaged.
         """
         path = self.workdir / f"{self.dataset.name}_{self.arch}" / f"dense_{seed}"
-        begin = functools.partial(init_network, self.module, self.dataset.image_shape, seed)
         known = path.is_dir()
         if known:
             check_training(path.with_suffix(".json"), self.pretrain)
@@ -128,9 +134,9 @@ class Harness:
                 network = restore_network(path)
             except TrailError as error:
                 raise TrailError(f"{error}; remove {path}, and it is trained again") from error
-            check_network(network, jax.eval_shape(begin), path, self.arch)
+            check_network(network, network_shapes(self.module, self.dataset.image_shape), path, self.arch)
         else:
-            *_, state = self._train_dense(begin(), seed)
+            *_, state = self._train_dense(init_network(self.module, self.dataset.image_shape, seed), seed)
             network = {"params": state.params, "batch_stats": state.batch_stats}
         try:
             # In compiled code no one can look at values, and all figures of such a network would be no numbers.

@@ -58,7 +58,7 @@ def main() -> None:
             make_module(config, settings, num_classes),
             image_size=config.image_size or settings.input_size,
             train_size=train_size,
-            pretrain=config.pretrain if to_train else None,
+            pretrains=to_train,
         )
         if note:
             print(note)

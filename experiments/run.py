@@ -18,8 +18,8 @@ from experiments.components import (
     budget_left,
     check_batch,
     check_network,
-    init_network,
     ltp_pruner,
+    network_shapes,
     network_uses,
     weights_optimizer,
 )
@@ -32,7 +32,7 @@ from experiments.record import of_a_job, only_writer, record
 from experiments.trainer import Trainer
 from ltp_jax.checkpoints import Resume, TrailError, holds_network, restore_network, save_network
 from ltp_jax.pruner import Pruner, dense
-from ltp_jax.sharding import make_mesh, replicated
+from ltp_jax.sharding import replicated
 from ltp_jax.trail import Entry, Trail
 from ltp_jax.training import TrainState
 
@@ -115,21 +115,59 @@ def check_options(
       How often each weight is used for one image, by path, which takes a trace of the network to count; and the digest
       of the weights that the run was given to begin from, if it was.
     """
-    try:
-        make_mesh(config.mesh.fsdp)
-    except ValueError as error:
-        raise ConfigError(f"--mesh.fsdp: {error}") from error
-    devices = jax.device_count()
-    check_batch("train", config.train, devices, dataset.train_size, dataset.name)
-    if trains_dense(config, trained=start is not None and start.trained):
-        check_batch("pretrain", config.pretrain, devices, dataset.train_size, dataset.name)
-    network = jax.eval_shape(lambda: init_network(module, dataset.image_shape, config.seed))
-    plan = ltp.plan(network["params"])
-    uses = network_uses(module, dataset.image_shape, plan)
-    ltp_pruner(config.ltp, plan, config.train.steps(dataset.train_size), uses)
+    found = check_network_and_devices(
+        config,
+        module,
+        dataset.image_shape,
+        images=dataset.train_size,
+        dataset=dataset.name,
+        devices=jax.device_count(),
+        pretrains=trains_dense(config, trained=start is not None and start.trained),
+    )
     if config.dense is not None:
-        return uses, check_dense(config.dense, config, network, plan)
-    return uses, start and start.digest
+        return found.uses, check_dense(config.dense, config, found.shapes, found.plan)
+    return found.uses, start and start.digest
+
+
+class Checked(NamedTuple):
+    """What was found of a network.
+
+    Attributes:
+      shapes: of ``params`` and ``batch_stats``.
+      plan: what is pruned.
+      uses: of each weight for one image, by path.
+    """
+
+    shapes: dict[str, Any]
+    plan: ltp.Plan
+    uses: dict[str, float]
+
+
+def check_network_and_devices(
+    config: Config,
+    module: nn.Module,
+    image_shape: tuple[int, ...],
+    *,
+    images: int,
+    dataset: str,
+    devices: int,
+    pretrains: bool,
+) -> Checked:
+    """Raises ConfigError for options that do not go with the network, the number of images or that of the devices.
+
+    Neither the images nor the devices need be there. ``pretrains`` says whether the dense network is trained, too.
+    """
+    # With these every part of the mesh gets whole images: fsdp divides the devices, and they divide the batch.
+    if devices % config.mesh.fsdp:
+        raise ConfigError(f"--mesh.fsdp is {config.mesh.fsdp}; accepted are divisors of the {devices} devices")
+    check_batch("train", config.train, devices, images, dataset)
+    if pretrains:
+        check_batch("pretrain", config.pretrain, devices, images, dataset)
+    shapes = network_shapes(module, image_shape)
+    plan = ltp.plan(shapes["params"])
+    uses = network_uses(module, image_shape, plan)
+    ltp_pruner(config.ltp, plan, config.train.steps(images), uses)
+    return Checked(shapes, plan, uses)
 
 
 def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> str:

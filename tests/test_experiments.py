@@ -667,7 +667,7 @@ def test_a_new_head_that_cannot_be_trained_is_refused_before_it_begins(tmp_path)
             {"train": TrainConfig(epochs=10**11, batch_size=96, learning_rate=0.1)},
             "--train.epochs is 100000000000; accepted is at most 1[0-9]{8}, of 2.31 steps",
         ),
-        ({"mesh": MeshConfig(fsdp=3)}, "--mesh.fsdp"),
+        ({"mesh": MeshConfig(fsdp=3)}, "^--mesh.fsdp is 3; accepted are divisors of the 1 devices$"),
         ({"ltp": LtpConfig(target_compression=1e5)}, "the target of --ltp cannot be met.*fewer than one weight"),
         ({"dense": Path("/absent")}, "there is no network in /absent"),
         ({"dense": ROOT}, "^--dense is .*, which holds no network of this project; accepted is the dense/ of another"),

@@ -30,7 +30,7 @@ def report(workdir, train_size=1257, batch_size=64, **options):
     options = {"arch": "digits", "workdir": workdir, "train": train, "ltp": LtpConfig()} | options
     module = models.create("digits", num_classes=10, dtype=jnp.bfloat16)
     config = dataclasses.replace(preset, **options)
-    return dry_run.report(config, module, image_size=8, train_size=train_size, pretrain=None)
+    return dry_run.report(config, module, image_size=8, train_size=train_size, pretrains=False)
 
 
 @needs_libtpu
