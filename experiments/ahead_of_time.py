@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tempfile
@@ -43,11 +42,7 @@ class TooSlow(CompileError):
 
 
 class DoesNotFit(CompileError):
-    """A step that needs more memory than a chip has: ``needed`` bytes, as far as the compiler says."""
-
-    def __init__(self, message: str, needed: float | None):
-        super().__init__(message)
-        self.needed = needed
+    """A step that needs more memory than a chip has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +185,7 @@ def compile_step(step: Step, slice_name: str, timeout: float) -> Figures:
     if "error" in found:
         message = found["error"]
         if "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message:
-            raise DoesNotFit(message, needed_bytes(message))
+            raise DoesNotFit(message)
         raise CompileError(message)
     collectives = {kind: Collective(**row) for kind, row in found.pop("collectives").items()}
     return Figures(**found, collectives=collectives)
@@ -225,15 +220,6 @@ def measure(step: Step, slice_name: str) -> Figures:
         collectives=collectives(compiled.as_text(), mesh.size),
         compile_seconds=round(seconds, 1),
     )
-
-
-def needed_bytes(message: str) -> float | None:
-    """The memory that a step asks for, by the message of a compiler that ran out of it."""
-    match = re.search(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([KMG]) of", message)
-    if match is None:
-        return None
-    number, unit = (group for group in match.groups() if group is not None)
-    return float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]
 
 
 def _last_line(text: str) -> str:

@@ -75,7 +75,7 @@ def report(
         )
         for name, method in (("ltp", config.ltp), ("dense", None)):
             console.print(f"compiling the {name} step for {topology.name}, which may take minutes …", highlight=False)
-            figures = _compile(dataclasses.replace(step, ltp=method), topology, facts, config.dry_run_timeout)
+            figures = _compile(dataclasses.replace(step, ltp=method), topology, config.dry_run_timeout)
             found[name] = dataclasses.asdict(figures) | roofline(figures, topology, train.batch_size, train_size)
         console.print(f"compiling what LTP begins with for {topology.name} …", highlight=False)
         found["beginning"] = dataclasses.asdict(_compile_beginning(step, topology, config.dry_run_timeout))
@@ -179,11 +179,11 @@ def _entropy_bits(n: int, kept: float) -> float:
     return n * (-p * math.log2(p) - (1 - p) * math.log2(1 - p))
 
 
-def _compile(step: Step, topology: Topology, facts: dict[str, Any], timeout: float) -> Figures:
+def _compile(step: Step, topology: Topology, timeout: float) -> Figures:
     try:
         return compile_step(step, topology.name, timeout)
     except DoesNotFit as error:
-        largest = _largest_batch(step, topology, facts, error, timeout)
+        largest = _largest_batch(step, topology, timeout)
         raise ConfigError(
             f"--train.batch-size is {step.train.batch_size}, which does not fit into the "
             f"{topology.chip.memory / 2**30:.0f} GiB of a {topology.chip.name} chip on {topology.name}; {largest}"
@@ -210,36 +210,24 @@ def _run_error(error: CompileError, topology: Topology) -> RunError:
     return RunError(f"{topology.name}: {error}")
 
 
-def _largest_batch(step: Step, topology: Topology, facts: dict[str, Any], error: DoesNotFit, timeout: float) -> str:
-    """The largest batch that compiles, in steps of eight images a chip where there are so many.
-
-    From where memory in proportion to the batch would be used up, it goes in ever longer strides to where the answer
-    changes, and halves what lies between.
-    """
-    fixed = facts["state_bytes"] / step.fsdp
-    needed = error.needed or facts["predicted_bytes"]
-    images = facts["images_per_device"]
-    unit = 8 if images > 8 else 1
-    share = max(topology.chip.memory - fixed, 0) / max(needed - fixed, 1)
-    low, high = 0, -(-images // unit)  # the one fits, the other does not
-    guess, stride = int(images * share) // unit, 1
+def _largest_batch(step: Step, topology: Topology, timeout: float) -> str:
+    """The largest batch that compiles where this step's does not, in steps of eight images a chip if there are many."""
+    images = step.train.batch_size // topology.chips
+    unit = (8 if images > 8 else 1) * topology.chips
+    low, high = 0, -(-step.train.batch_size // unit)  # the one fits, the other does not
     while high - low > 1:
-        guess = min(max(guess, low + 1), high - 1)
-        batch = guess * unit * topology.chips
+        middle = (low + high) // 2
         try:
-            train = dataclasses.replace(step.train, batch_size=batch)
+            train = dataclasses.replace(step.train, batch_size=middle * unit)
             compile_step(dataclasses.replace(step, train=train), topology.name, timeout)
-            low, guess = guess, guess + stride
+            low = middle
         except DoesNotFit:
-            high, guess = guess, guess - stride
+            high = middle
         except CompileError as other:
-            return f"about {batch} may, but that could not be compiled ({other})"
-        stride *= 2
-        if low and high < -(-images // unit):
-            guess = (low + high) // 2
+            return f"about {middle * unit} may, but that could not be compiled ({other})"
     if not low:
-        return f"not even {unit * topology.chips} does; --mesh.fsdp splits the parameters over chips"
-    return f"the largest that does, in steps of {unit * topology.chips}, is {low * unit * topology.chips}"
+        return f"not even {unit} does; --mesh.fsdp splits the parameters over chips"
+    return f"the largest that does, in steps of {unit}, is {low * unit}"
 
 
 def _facts_table(arch: str, facts: dict[str, Any], devices: int, topology: Topology | None) -> Table:

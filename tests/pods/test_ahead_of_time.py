@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import dry_run
-from experiments.ahead_of_time import COMPILER_ONLY, DoesNotFit, Figures, needed_bytes
+from experiments.ahead_of_time import COMPILER_ONLY, DoesNotFit, Figures
 from experiments.chips import topology
 from experiments.config import LtpConfig, MeshConfig
 from experiments.ending import RunError
@@ -69,28 +69,27 @@ def test_mesh_of_each_kind_of_slice():
     assert done.stdout.count("('data', 4), ('fsdp', 2)") == 4, done.stderr
 
 
-@pytest.mark.parametrize("mebibytes", [15, 17, 400])
-def test_batch_that_does_not_fit_is_refused_with_the_largest(tmp_path, monkeypatch, mebibytes):
-    """A compiler that takes up to 1,000 images a chip, whatever it said that an image needs."""
+def test_batch_that_does_not_fit_is_refused_with_the_largest(tmp_path, monkeypatch):
+    """By a compiler that takes up to 1,000 images a chip."""
 
     def compile_step(step, slice_name, timeout):
         images = step.train.batch_size // 4
         tried.append(images)
         if images > 1000:
-            raise DoesNotFit("RESOURCE_EXHAUSTED", needed=images * mebibytes * 2**20)
+            raise DoesNotFit("RESOURCE_EXHAUSTED")
 
     tried = []
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
     wanted = r"--train.batch-size is 16384, which does not fit into the 16 GiB .* that does, in steps of 32, is 4000$"
     with pytest.raises(ConfigError, match=wanted):
         report(tmp_path, train_size=2**20, batch_size=2**14, topology="v5e:2x2")
-    assert len(tried) < 20
+    assert len(tried) <= 10
 
 
 def test_beginning_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     def compile_step(step, slice_name, timeout):
         if step.beginning:
-            raise DoesNotFit("RESOURCE_EXHAUSTED", needed=None)
+            raise DoesNotFit("RESOURCE_EXHAUSTED")
         return Figures(flops=1, bytes_accessed=1, peak_bytes=1, collectives={}, compile_seconds=1)
 
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
@@ -101,18 +100,11 @@ def test_beginning_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 
 def test_batch_that_never_fits_is_refused(tmp_path, monkeypatch):
     def compile_step(step, slice_name, timeout):
-        raise DoesNotFit("RESOURCE_EXHAUSTED", needed=None)
+        raise DoesNotFit("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
     with pytest.raises(ConfigError, match=r"not even 32 does; --mesh.fsdp splits the parameters over chips"):
         report(tmp_path, topology="v5e:2x2")
-
-
-def test_memory_that_the_compiler_asks_for():
-    message = "the total memory required for HLO temporaries (772.25G) exceeds available HBM (15.75G)."
-    assert needed_bytes(message) == 772.25 * 2**30
-    assert needed_bytes("Ran out of memory in memory space hbm. Used 20.50M of 15.75G hbm.") == 20.5 * 2**20
-    assert needed_bytes("no figure") is None
 
 
 def test_dry_run_without_a_slice(tmp_path):
