@@ -277,7 +277,7 @@ def _most(value: int) -> int:
 
 def _may_pass(error: BaseException | None) -> bool:
     """Whether the file system or the device is to blame for what Orbax raised while it read, and not what it read."""
-    while error is not None and not isinstance(error, FileNotFoundError):
+    while error is not None:
         # TensorStore's are mere ValueErrors, with the number of the file system's error among what they say.
         if isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError) or "os_error_code=" in str(error):
             return True

@@ -334,16 +334,14 @@ def test_resume_keeps_the_latest_two_and_gives_back_every_bit(tmp_path):
     np.testing.assert_array_equal(jax.random.key_data(restored["key"]), jax.random.key_data(state["key"]))
 
 
-@pytest.mark.parametrize("missing", [("ocdbt.process_0", "d"), ("_METADATA",)])
-def test_broken_resume_state_gives_way_to_the_one_before(tmp_path, caplog, missing):
+def test_broken_resume_state_gives_way_to_the_one_before(tmp_path, caplog):
     state = {"w": jnp.ones((40, 50)), "step": jnp.int32(0)}
     resume = Resume(tmp_path / "resume")
     for step in (1, 2):
         resume.save(step, state | {"step": jnp.int32(step)})
     resume.close()
-    for name in missing:
-        path = tmp_path / "resume" / "2" / "state" / name
-        path.unlink() if path.is_file() else shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "resume" / "2" / "state" / "ocdbt.process_0")
+    shutil.rmtree(tmp_path / "resume" / "2" / "state" / "d")
     resume = Resume(tmp_path / "resume")
     restored = resume.restore(abstract(state))
     assert restored is not None
