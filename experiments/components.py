@@ -71,10 +71,13 @@ def network_uses(module: nn.Module, image_shape: tuple[int, ...], plan: ltp.Plan
         raise ConfigError(f"the multiply-accumulates of this network cannot be counted: {error}") from error
 
 
-def budget_left(summary: ltp.Summary, uses: Mapping[str, float]) -> tuple[float, float]:
-    """Multiply-accumulates of all prunable weights for one image, and of those that are kept."""
+def cost_of(summary: ltp.Summary, costs: Mapping[str, float]) -> tuple[float, float]:
+    """What all prunable weights cost, and those that are kept, by what a weight of each tensor costs.
+
+    With the uses of weights for one image that is in multiply-accumulates.
+    """
     tensors = summary.tensors.items()
-    return sum(uses[path] * t.weights for path, t in tensors), sum(uses[path] * int(t.kept) for path, t in tensors)
+    return sum(costs[path] * t.weights for path, t in tensors), sum(costs[path] * int(t.kept) for path, t in tensors)
 
 
 def check_batch(stage: str, train: TrainConfig, devices: int, images: int, dataset: str) -> None:

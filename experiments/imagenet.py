@@ -52,7 +52,7 @@ def main() -> None:
         settings = planned_settings(config)
         train_size, num_classes, note = dry_run_counts(config)
         new_head = num_classes != models.spec(config.arch).num_classes
-        to_train = trains_dense(config, trained=not (config.train.from_scratch or new_head))
+        to_train = trains_dense(config, trained=not (config.from_scratch or new_head))
         dry_run.report(
             config,
             make_module(config, settings, num_classes),

@@ -51,14 +51,6 @@ class ImagenetTrainConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneTrainConfig(ImagenetTrainConfig):
-    """Training while pruning: SGD with momentum, warm-up, and a cosine to zero."""
-
-    from_scratch: bool = False
-    """Train the dense network from a random start instead of taking pretrained weights."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagenetConfig(Config):
     """ImageNet, or any image-classification dataset of TFDS."""
 
@@ -89,9 +81,11 @@ class ImagenetConfig(Config):
     """With --dry-run: compile the training step, and what it begins with, for this TPU slice, such as v5e:4x4."""
     dry_run_timeout: float = COMPILE_TIMEOUT
     """With --topology: seconds that each compilation may take."""
+    from_scratch: bool = False
+    """Train the dense network from a random start instead of taking pretrained weights."""
     pretrain: ImagenetTrainConfig
     """Training of the dense network, from scratch or with a new head."""
-    train: PruneTrainConfig
+    train: ImagenetTrainConfig
     """Training while pruning."""
 
     def check(self) -> None:
@@ -107,12 +101,12 @@ class ImagenetConfig(Config):
         require(self.workers is None or self.workers >= 0, "--workers", self.workers, "0 or more")
         require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
         require(self.dry_run_timeout > 0, "--dry-run-timeout", self.dry_run_timeout, "more than 0")
-        if not self.dry_run and self.pretrained is None and self.dense is None and not self.train.from_scratch:
+        if not self.dry_run and self.pretrained is None and self.dense is None and not self.from_scratch:
             raise ConfigError(where_weights_come_from(self.arch))
         ways = {
             "--dense": self.dense is not None,
             "--pretrained": self.pretrained is not None,
-            "--train.from-scratch": self.train.from_scratch,
+            "--from-scratch": self.from_scratch,
         }
         if len(given := [way for way, taken in ways.items() if taken]) > 1:
             raise ConfigError(f"{' and '.join(given)} exclude each other; accepted is one of them")
@@ -125,7 +119,7 @@ WHERE_WEIGHTS_COME_FROM = """\
   safetensors.torch.save_file(model.state_dict(), "{file}")
 and give --pretrained={file}: its name tells whose weights they are.
 {others}A downloaded .pth file under its own name will do as well; --dense takes the dense/ directory of an
-earlier run; --train.from-scratch trains the dense network first."""
+earlier run; --from-scratch trains the dense network first."""
 
 
 def where_weights_come_from(arch: Arch) -> str:
@@ -164,7 +158,7 @@ class Recipe(NamedTuple):
             arch=arch,
             workdir=Path("runs/imagenet") / arch,
             pretrain=self.pretrain,
-            train=PruneTrainConfig(
+            train=ImagenetTrainConfig(
                 epochs=30,  # the paper's length for ResNet-50
                 learning_rate=self.learning_rate,
                 warmup_epochs=1,  # momentum is built up before pruning begins in earnest

@@ -15,9 +15,9 @@ from rich.console import Console
 import ltp_jax as ltp
 from experiments import distributed, report
 from experiments.components import (
-    budget_left,
     check_batch,
     check_network,
+    cost_of,
     ltp_pruner,
     network_shapes,
     network_uses,
@@ -264,16 +264,7 @@ def pretrain(trainer: Trainer, begin: dict[str, Any] | None) -> None:
     optimizer = weights_optimizer(config, config.steps_per_epoch(trainer.dataset.train_size))
     # What was begun in the background is finished, whatever ends the stage.
     with contextlib.closing(Resume(trainer.config.workdir / "pretrain")) as resume, nobody_waits():
-        state = trainer.fit(
-            "pretrain",
-            config,
-            dense(),
-            optimizer,
-            begin,
-            resume,
-            keep=lambda state, epoch: None,
-            settle=lambda: None,
-        )
+        state = trainer.fit("pretrain", config, dense(), optimizer, begin, resume)
         save_network(trainer.config.own_dense, state.params, state.batch_stats)
 
 
@@ -335,7 +326,7 @@ def keeper(
         summary, totals = jax.device_get((summarize(state.params, state.pruning), state.totals))
         # The report shows layers in the order in which the network calls them, and not by name.
         summary = summary.replace(tensors={path: summary.tensors[path] for path in uses})
-        macs, macs_left = budget_left(summary, uses)
+        macs, macs_left = cost_of(summary, uses)
         entry = Entry.of(
             summary,
             epoch=epoch,

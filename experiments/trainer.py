@@ -66,8 +66,8 @@ class Trainer:
         optimizer: optax.GradientTransformation,
         network: dict[str, Any] | None,
         resume: Resume,
-        keep: Callable[[TrainState, int], None],
-        settle: Callable[[], None],
+        keep: Callable[[TrainState, int], None] = lambda state, epoch: None,
+        settle: Callable[[], None] = lambda: None,
     ) -> TrainState:
         """Trains one stage to its end, from its last saved state or from ``network``, a new one if that is None.
 

@@ -353,7 +353,6 @@ def test_the_seed_is_that_of_the_network_of_the_data_and_of_what_is_drawn(tmp_pa
             None,
             resume,
             keep=lambda state, epoch: begun.append(state),
-            settle=lambda: None,
         )
     assert (asked["seed"], asked["start_step"]) == (7, 0)
     expected = jax.jit(partial(module.init, train=False))(jax.random.key(7), np.zeros((1, 8, 8, 1), np.float32))

@@ -195,7 +195,7 @@ def test_every_process_says_which_cores_it_has(tmp_path, monkeypatch, command, w
 
     monkeypatch.setattr(imagenet, "sharers_of_cores", asked)
     with pytest.raises(InterruptedError):
-        command("--train.from-scratch", f"--data-dir={tmp_path}", f"--workdir={tmp_path}", *workers)
+        command("--from-scratch", f"--data-dir={tmp_path}", f"--workdir={tmp_path}", *workers)
 
 
 def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, command, capsys):
@@ -210,7 +210,7 @@ def test_dry_run_counts_the_dataset_that_is_named(data_dir, tmp_path, command, c
     ("words", "classes", "trained"),
     [
         ([], 1000, False),
-        (["--train.from-scratch"], 1000, True),
+        (["--from-scratch"], 1000, True),
         (["--pretrained=w"], 10, True),
         (["--dense=d"], 10, False),
     ],
@@ -337,7 +337,7 @@ def test_what_does_not_change_the_numbers_may_change_on_resuming(tmp_path):
     ("words", "message"),
     [
         (["--topology=v5e:4x4", "--pretrained=w"], "--topology .* goes with --dry-run"),
-        (["--pretrained=w", "--train.from-scratch"], "^--pretrained and --train.from-scratch exclude each other"),
+        (["--pretrained=w", "--from-scratch"], "^--pretrained and --from-scratch exclude each other"),
         (["--pretrained=w", "--dense=d"], "^--dense and --pretrained exclude each other"),
         (["--pretrained=w", "--image-size=8"], "--image-size is 8; accepted is at least 32 for resnet50"),
         (["--dry-run", "--arch=alexnet", "--image-size=62"], "--image-size is 62; accepted is at least 63 for alexnet"),

@@ -18,7 +18,7 @@ import numpy as np
 
 import ltp_jax as ltp
 from experiments.benchmarks.rows import PAPER, check_arch, read, write
-from experiments.components import budget_left, init_network, ltp_pruner, network_uses, weights_optimizer
+from experiments.components import cost_of, init_network, ltp_pruner, network_uses, weights_optimizer
 from experiments.config import LtpConfig, TrainConfig
 from experiments.ending import require_device, run_command
 from experiments.options import (
@@ -104,7 +104,7 @@ def run(arch: str, of: str, compression: float, options: Targets) -> dict[str, A
         rows = rng.choice(IMAGES, options.batch_size, replace=False)
         state = step(state, {"image": images[rows], "label": labels[rows]})
         summary = jax.device_get(summarize(state))
-        whole, left = budget_left(summary, budget)
+        whole, left = cost_of(summary, budget)
         shares.append(left / whole)
         off_plan = max(off_plan, abs(math.log(shares[-1] / float(planned(i + 1)))))
         fewest = min(fewest, *(int(np.min(tensor.kept)) for tensor in summary.tensors.values()))
