@@ -17,7 +17,7 @@ from experiments.ahead_of_time import CompileError, Figures
 from experiments.benchmarks import input_pipeline, lean_step, rows, seeds, targets
 from experiments.ending import START_AGAIN, Preempted, RunError, stops_when_asked
 from experiments.options import ConfigError
-from ltp_jax.trail import Entry
+from tests.entries import entry
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,8 @@ def test_targets_are_met_and_runs_that_are_there_are_not_run_again(tmp_path, mon
 
 
 def test_seeds_records_the_command_that_it_was_and_writes_beside_the_runs(tmp_path, monkeypatch):
-    entry = Entry(0, 0, 1.0, 1.0, {}, {}, top1=50.0, top5=99.0, loss=1.0, soft_top1=50.0, soft_top5=99.0, soft_loss=1.0)
-
     class Trail:
-        entries = (entry,)
+        entries = (entry(0, top1=50.0),)
 
         def __init__(self, path):
             assert path == tmp_path / "my runs" / "digits-3"
@@ -225,13 +223,9 @@ def test_seeds_ends_as_its_run_does(tmp_path, monkeypatch, code, error):
 
 
 def test_seeds_tells_the_means_of_the_last_networks(tmp_path, monkeypatch, capsys):
-    def entry(epoch, compression, top1, gap):
-        figures = {"densities": {}, "thresholds": {}, "top5": 99.0, "loss": 1.0, "soft_top1": top1 + gap}
-        return Entry(epoch, epoch, compression, density=1 / compression, top1=top1, **figures)
-
     trails = {
-        "digits-3": (entry(0, 1.0, 90.0, 0.0), entry(1, 8.0, 89.5, -0.75)),
-        "digits-4": (entry(0, 1.0, 92.0, 0.0), entry(1, 8.0, 94.0, 0.5), entry(2, 16.0, 91.0, 0.25)),
+        "digits-3": (entry(0, 1.0, 90.0, soft_top1=90.0), entry(1, 8.0, 89.5, soft_top1=88.75)),
+        "digits-4": (entry(0, 1.0, 92.0), entry(1, 8.0, 94.0), entry(2, 16.0, 91.0, soft_top1=91.25)),
     }
 
     class Trail:

@@ -37,8 +37,9 @@ from ltp_jax import models
 from ltp_jax.checkpoints import TrailError, restore_network, save_network
 from ltp_jax.pruner import dense
 from ltp_jax.sharding import make_mesh
-from ltp_jax.trail import Entry, Trail
+from ltp_jax.trail import Trail
 from tests.commands import ROOT, run_python
+from tests.entries import entry
 
 IMAGES = {"training": 1257, "held out": 540, "classes": 10}  # of the digits
 
@@ -153,22 +154,22 @@ def test_table_and_pictures_of_a_trail(tmp_path, monkeypatch):
     figures = {}
     monkeypatch.setattr(report, "save_picture", lambda figure, path: figures.update({path.stem: figure}))
 
-    def entry(epoch, compression, top1, tau, macs):
-        return Entry(
-            epoch=epoch,
-            step=10 * epoch,
-            compression=compression,
-            density=1 / compression,
-            densities={"a/kernel": 1 / compression},
-            thresholds={"a/kernel": tau},
-            top1=top1,
+    entries = tuple(
+        entry(
+            epoch,
+            compression,
+            top1,
+            thresholds={"conv/kernel": tau},
             top5=99.125,
-            loss=0.5,
             soft_top1=top1 + 0.25,
             macs_compression=macs,
         )
-
-    entries = (entry(0, 1.0, 90.0, 0.0, 1.0), entry(1, 8.0, 88.5, 0.25, 3.5), entry(2, 4.0, 88.0, 1e-35, None))
+        for epoch, compression, top1, tau, macs in (
+            (0, 1.0, 90.0, 0.0, 1.0),
+            (1, 8.0, 88.5, 0.25, 3.5),
+            (2, 4.0, 88.0, 1e-35, None),
+        )
+    )
     paths = report.write(SimpleNamespace(entries=entries), tmp_path, "title")
     rows = [line for line in paths["table"].read_text().splitlines() if re.match(r"\| \d", line)]
     assert rows == [
@@ -369,8 +370,8 @@ def test_interrupted_run_ends_in_the_same_bits(finished, tmp_path, batch_size, a
     start(tiny(tmp_path, tensorboard=True))
     whole, resumed = Trail(finished), Trail(tmp_path)
     assert resumed.entries == whole.entries
-    for entry in whole.entries:
-        chex.assert_trees_all_equal(resumed.restore(entry), whole.restore(entry))
+    for e in whole.entries:
+        chex.assert_trees_all_equal(resumed.restore(e), whole.restore(e))
     assert (tmp_path / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 

@@ -20,28 +20,11 @@ from flax import nnx
 import ltp_jax as ltp
 from ltp_jax.adapters import nnx_apply
 from ltp_jax.checkpoints import Resume, TrailError, restore_network, save_network, writing
-from ltp_jax.trail import Entry, Trail, pareto
+from ltp_jax.trail import Trail, pareto
+from tests.entries import entry
 
 PARAMS = {"conv": {"kernel": jnp.array([[1.5, 0.0], [0.0, -2.0]]), "bias": jnp.ones(2)}}
 STATS = {"norm": {"mean": jnp.zeros(2)}}
-
-
-def entry(epoch, compression=1.0, top1=90.0):
-    return Entry(
-        epoch=epoch,
-        step=10 * epoch,
-        compression=compression,
-        density=1 / compression,
-        densities={"conv/kernel": 1 / compression},
-        thresholds={"conv/kernel": 0.25},
-        top1=top1,
-        top5=99.0,
-        loss=0.5,
-        soft_top1=top1 + 0.5,
-        soft_top5=99.0,
-        soft_loss=0.4,
-        train_loss=0.3 if epoch else None,
-    )
 
 
 ENTRIES = (entry(0, 1.0, 90.0), entry(1, 4.0, 89.5), entry(2, 9.0, 88.0), entry(3, 16.0, 89.2), entry(4, 30.0, 86.0))

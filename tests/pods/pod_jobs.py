@@ -32,7 +32,6 @@ TINY = (
     "--ltp.reach=1",
     "--ltp.t0=1",
 )
-START_AGAIN = 75
 PATIENCE = 400  # seconds after which a job counts as hanging, however busy the machine
 
 

@@ -5,7 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_trail_is_whole, codes, final_bits, metrics
+from pod_jobs import Jobs, assert_all_done, assert_trail_is_whole, codes, final_bits, metrics
+
+from experiments.ending import START_AGAIN
 
 
 @pytest.fixture(scope="module")

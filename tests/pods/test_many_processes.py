@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pod_jobs import START_AGAIN, Jobs, assert_all_done, assert_same_numbers, assert_trail_is_whole, codes, free_port
+from pod_jobs import Jobs, assert_all_done, assert_same_numbers, assert_trail_is_whole, codes, free_port
 
+from experiments.ending import START_AGAIN
 from experiments.run import only_writer
 
 SHARERS = """
