@@ -102,7 +102,7 @@ def weights_optimizer(
     Args:
       config: the training.
       steps_per_epoch: its training steps.
-      schedule: of the learning rate; warm-up and cosine if nothing is said.
+      schedule: of the learning rate; warm-up and cosine if not given.
     """
     steps = config.epochs * steps_per_epoch
     if schedule is None:

@@ -162,7 +162,7 @@ class Harness:
           pruner: the method.
           config: the training.
           distill: share of the labels that is what the network at the start of the run says of the image.
-          optimizer: of the weights; that of the configuration if nothing is said.
+          optimizer: of the weights; that of the configuration if not given.
         """
         steps = config.steps_per_epoch(self.dataset.train_size)
         optimizer = weights_optimizer(config, steps) if optimizer is None else optimizer

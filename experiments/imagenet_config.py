@@ -1,4 +1,4 @@
-"""The options of the ImageNet command, and what they are for each network if nothing is said."""
+"""The options of the ImageNet command, and what they are for each network if not given."""
 
 import dataclasses
 from pathlib import Path
@@ -60,14 +60,14 @@ class ImagenetConfig(Config):
     dataset: str = "imagenet2012"
     """The dataset's name in TFDS."""
     eval_split: str | None = None
-    """The held-out split; validation for imagenet2012 and test for others if nothing is said."""
+    """The held-out split; validation for imagenet2012 and test for others if not given."""
     pretrained: Path | None = None
     """Weights of torchvision or timm: a state dict in safetensors, .npz, or as torch.save writes it."""
     origin: str | None = None
     """Whose weights they are, such as torchvision-v2; seen from the file, or from the run of --dense, if nothing is
     said."""
     image_size: int | None = None
-    """Side of the images in pixels; that of the weights if nothing is said."""
+    """Side of the images in pixels; that of the weights if not given."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and products; auto is bfloat16 on accelerators and float32 on the CPU."""
     workers: int | None = None
@@ -176,7 +176,7 @@ class Recipe(NamedTuple):
 
 
 # None of these was run on ImageNet by us: rates and decays are those of the networks' own training recipes, reduced to
-# what continues a trained network. The README says what was measured.
+# what continues a trained network. docs/measured.md says what was measured.
 RESNET = Recipe(
     learning_rate=0.02,  # a fifth of the 0.1 that trains it from scratch
     weight_decay=5e-5,  # half of the dense recipe's: a network with a tenth of the weights fits less of the noise

@@ -60,7 +60,7 @@ def run(config: Config, module: nn.Module, dataset: Dataset, start: Start | None
       config: what to do.
       module: the network; takes normalised images and ``train``.
       dataset: what it learns.
-      start: what to begin from; a random start if nothing is said.
+      start: what to begin from; a random start if not given.
 
     Returns:
       The finished trail.

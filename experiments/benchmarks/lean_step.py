@@ -83,7 +83,7 @@ class Time:
     arch: str = "resnet50"
     """The network."""
     image_size: int | None = None
-    """Side of the images in pixels; that of the network if nothing is said."""
+    """Side of the images in pixels; that of the network if not given."""
     batch_size: int = 32
     """Images a step."""
     steps: int = 30
