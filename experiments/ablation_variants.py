@@ -322,8 +322,8 @@ def restarted(after: float, share: float) -> Callable[[float, int], optax.Schedu
 class Variant(NamedTuple):
     """How to make a pruner, and how the weights are trained with it.
 
-    The decay ends after a share of the run; the rate, by its peak and the number of steps, is a cosine if nothing is
-    said.
+    The decay ends after a share of the run; the rate, by its peak and the number of steps, is a cosine if not
+    given.
     """
 
     make: Make

@@ -64,15 +64,15 @@ class ImagenetConfig(Config):
     pretrained: Path | None = None
     """Weights of torchvision or timm: a state dict in safetensors, .npz, or as torch.save writes it."""
     origin: str | None = None
-    """Whose weights they are, such as torchvision-v2; seen from the file, or from the run of --dense, if nothing is
-    said."""
+    """Whose weights they are, such as torchvision-v2; if not given, seen from the file, or from the run of
+    --dense."""
     image_size: int | None = None
     """Side of the images in pixels; that of the weights if not given."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and products; auto is bfloat16 on accelerators and float32 on the CPU."""
     workers: int | None = None
-    """Processes that prepare images for each process of the job, 0 for threads; all its cores but one if nothing is
-    said, divided by the processes of the job that have the same cores."""
+    """Processes that prepare images for each process of the job, 0 for threads; if not given, all its cores but one,
+    divided by the processes of the job that have the same cores."""
     max_unreadable: int = 100
     """Images of a split that may be skipped because they cannot be read."""
     dry_run: bool = False

@@ -56,7 +56,7 @@ def dense() -> Pruner:
 
 
 def unit_and_total_costs(plan: Plan, costs: Mapping[str, float] | None) -> tuple[dict[str, float], float]:
-    """What a weight of each tensor that is pruned costs, by path: one if nothing is said. And what all of them cost.
+    """What a weight of each tensor that is pruned costs, by path: one if not given. And what all of them cost.
 
     Raises:
       ValueError: if the plan prunes nothing, or one of the tensors has no cost, or one that is not positive.

@@ -13,7 +13,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
     Args:
       fsdp: over how many devices each parameter is split; 1 keeps them whole on every device.
-      devices: all there are, when nothing is said.
+      devices: all there are, if not given.
 
     Raises:
       ValueError: if ``fsdp`` does not divide the number of devices.

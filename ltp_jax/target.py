@@ -121,7 +121,7 @@ def target_density(
         and comes back. It falls linearly to zero at ``select_steps``: at first many weights are tried, in the end
         their choice settles. 0 is eq. 14; 0.3 gained up to half a point at 64× and 128× on LeNet-300-100, a quarter
         at 10× on ResNet-20, and nothing on LeNet-5.
-      optimizer: of the offsets ``a_l``, dimensionless and in one array; Adam at 3e-4 if nothing is said. At a hundred
+      optimizer: of the offsets ``a_l``, dimensionless and in one array; Adam at 3e-4 if not given. At a hundred
         times that a layer was seen to run empty.
       costs: what a weight of each tensor costs, by path, such as its uses per image for a budget of
         multiply-accumulates. By default every weight costs one.
