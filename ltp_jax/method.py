@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -107,8 +108,10 @@ def soft_threshold(
       ``v = w · s``, shape and dtype of ``w``, and ``L0 = Σ s`` (eq. 6), a float32 scalar.
     """
     # Where jax.shard_map splits w, this zero differs between devices as w does. The scalars, which are those of all of
-    # them, do so with it, and their gradients are sums over all parts of w.
-    zero = jnp.zeros_like(w, jnp.float32, shape=(), device=everywhere(w))
+    # them, do so with it, and their gradients are sums over all parts of w. Outside of a trace nothing is split so, and
+    # JAX has no zero like an array that lies on an explicit mesh.
+    traced = isinstance(w, Tracer)
+    zero = jnp.zeros_like(w, jnp.float32, shape=(), device=everywhere(w)) if traced else jnp.float32(0)
     return _soft_threshold(w, threshold + zero, temperature + zero, leak + zero, exact_gradient, l0_to_weights)
 
 

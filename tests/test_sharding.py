@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from ltp_jax.sharding import jit_step, make_mesh, replicated, state_sharding
+from tests.commands import run_python
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,27 @@ def test_a_compiled_step_takes_over_the_arrays_of_the_state():
     after = step(state, jnp.ones(4))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+EAGER = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import ltp_jax as ltp
+
+mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,))
+w = jax.random.normal(jax.random.key(0), (16, 64))
+for spec in (P(), P(None, None), P("x"), P(None, "x")):
+    params = {"kernel": jax.device_put(w, NamedSharding(mesh, spec))}
+    state = ltp.init(params, ltp.plan(params))
+    state = state.replace(thresholds={"kernel": jnp.float32(0.5)})
+    hard, soft = ltp.hard_prune(params, state)["kernel"], ltp.soft_prune(params, state)["kernel"]
+    np.testing.assert_array_equal(hard, np.where(np.square(w) > 0.5, w, 0))
+    np.testing.assert_allclose(ltp.l0(params, state), np.sum(np.asarray(soft) / np.asarray(w)), rtol=1e-5)
+    assert all(array.sharding.is_equivalent_to(params["kernel"].sharding, 2) for array in (hard, soft))
+"""
+
+
+def test_verbs_take_arrays_of_an_explicit_mesh_one_by_one():
+    """Outside of ``jax.jit`` and of ``jax.set_mesh``, as in a notebook."""
+    done = run_python("-c", EAGER, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert done.returncode == 0, done.stderr
