@@ -57,14 +57,6 @@ def is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
-def is_trial(value: Any) -> bool:
-    """Whether it is a setting of numbers. Raises TypeError if one that it needs is missing, or nobody knows it."""
-    if not is_numbers(value):
-        return False
-    Trial(**value)
-    return True
-
-
 def is_rows(*keys: str) -> Callable[[Any], bool]:
     """Whether there is something for each epoch: a number above zero under each of the keys."""
 
@@ -84,7 +76,7 @@ FIELDS: Fields = {
     "method": is_text,
     "compression": lambda value: value is None or is_positive(value),
     "seed": is_count,
-    "trial": is_trial,
+    "trial": is_numbers,
     "epochs_trained": is_positive,
     "achieved": is_positive,
     "top1": is_number,
@@ -105,7 +97,8 @@ def read_cell(path: Path, fields: Fields = FIELDS) -> Cell:
             if key in cell and not check(cell[key]):
                 raise ValueError(f"its {key} is {cell[key]!r:.40}")
         if "trial" in cell:
-            cell["trial"] = dataclasses.asdict(Trial(**cell["trial"]))  # with what it leaves out
+            # With what it leaves out; TypeError if it lacks what it needs, or has what nobody knows.
+            cell["trial"] = dataclasses.asdict(Trial(**cell["trial"]))
         if len(cell["epochs"]) != cell.get("epochs_trained", len(cell["epochs"])):
             raise ValueError(f"it has {len(cell['epochs'])} of {cell['epochs_trained']} epochs")
     except (TypeError, ValueError, RecursionError) as error:

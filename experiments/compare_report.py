@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from experiments.compare_cells import OWN, Cell, read_cells, select, with_setting_of
 from experiments.components import network_plan, network_uses
@@ -292,7 +292,7 @@ def draw_densities(cells: Sequence[Cell]) -> Figure:
             if f"{achieved:.1f}" != f"{compression:.1f}":
                 missed.append(f"{LABELS[method]} {achieved:.1f}×")
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(
             range(len(layers)), [layer.removesuffix("/kernel") for layer in layers], rotation=30, ha="right"
         )
@@ -329,7 +329,7 @@ def draw_plan(cells: Sequence[Cell]) -> Figure:
                     off.plot(beside, 100 * (densities / planned - 1), ".", color=f"C{i}", alpha=0.6)
         axes.plot([], [], ".-", color=f"C{i}", label=f"{compression:g}×")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("kept weights, %")
     axes.set_title("density (dots, every seed) and plan (lines)", fontsize=10)
     axes.legend()

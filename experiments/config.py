@@ -168,7 +168,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """Where the other processes of the job are; a cluster's environment says it if not given here."""
+    """Where the other processes of the job are; if not given, a cluster's environment says it."""
 
     coordinator_address: str | None = None
     """HOST:PORT of the first process."""

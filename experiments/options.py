@@ -107,8 +107,8 @@ def read_options(kind: type[T], *, prog: str, args: Sequence[str] | None = None,
         if not word or (word.startswith("--") and word.endswith("=")):
             raise ConfigError(f"{word or before or 'the first word'} has no value")
     # Comments of the source are no help text: tyro would show them where an option has none.
-    settings.setdefault("config", (tyro.conf.HelptextFromCommentsOff,))
-    options: Any = tyro.cli(kind, prog=prog, args=args, **settings)
+    marks = (tyro.conf.HelptextFromCommentsOff,)
+    options: Any = tyro.cli(kind, prog=prog, args=args, config=marks, **settings)
     try:
         # Not every shell does this behind the "=" of an option.
         paths = {name: value.expanduser() for name, value in vars(options).items() if isinstance(value, Path)}

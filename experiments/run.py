@@ -125,7 +125,7 @@ def check_options(
         pretrains=trains_dense(config, trained=start is not None and start.trained),
     )
     if config.dense is not None:
-        return found.uses, check_dense(config.dense, config, found.shapes, found.plan)
+        return found.uses, digest(check_dense(config.dense, config, found.shapes, found.plan))
     return found.uses, start and start.digest
 
 
@@ -170,11 +170,11 @@ def check_network_and_devices(
     return Checked(shapes, plan, uses)
 
 
-def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> str:
-    """Raises ConfigError or TrailError if a path has no dense network of these shapes that can be pruned.
+def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> dict[str, Any]:
+    """The dense network of a path.
 
-    Returns:
-      A digest of its values.
+    Raises:
+      ConfigError, TrailError: if it has none of these shapes that can be pruned.
     """
     # What Orbax says of a directory that it did not write helps nobody.
     if path.is_dir() and not holds_network(path):
@@ -184,10 +184,15 @@ def check_dense(path: Path, config: Config, network: Any, plan: ltp.Plan) -> str
     given = restore_network(path)
     check_network(given, network, path, config.arch)
     check_weights(given["params"], plan, config.ltp)
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(given):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+    return given
+
+
+def digest(network: dict[str, Any]) -> str:
+    """The SHA-256 of the values of a network."""
+    values = hashlib.sha256()
+    for leaf in jax.tree.leaves(network):
+        values.update(np.asarray(leaf).tobytes())
+    return values.hexdigest()
 
 
 def trains_dense(config: Config, *, trained: bool) -> bool:

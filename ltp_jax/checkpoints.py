@@ -49,7 +49,7 @@ def save_network(path: str | Path, params: Any, batch_stats: Any) -> None:
       TrailError: if something is there already, or the directory cannot be written, or the network cannot be kept.
     """
     path = checkpoint_path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise TrailError(f"{path} is there already; remove it, or name another directory")
     network = plain_network(params, batch_stats)
     with writing(path), ocp.StandardCheckpointer(async_options=_directories_first()) as checkpointer:

@@ -123,7 +123,7 @@ def _measure(examples: Sequence[Example], folder: Path, options: Options) -> dic
 
     pipelines: dict[str, Callable[[], Iterator[Any]]] = {LOADER: loader}
     if _has_tensorflow():
-        pipelines |= _tf_data_pipelines(examples, folder, options)
+        pipelines |= _tf_data_pipelines(serialized, folder, options)
 
     per_cpu_second: dict[str, list[float]] = {name: [] for name in pipelines}
     scaling: dict[int, list[float]] = {workers: [] for workers in options.workers}
@@ -150,14 +150,14 @@ def _rate(stream: Iterator[Any], clock: Callable[[], float], options: Options) -
 
 
 def _tf_data_pipelines(
-    examples: Sequence[Example], folder: Path, options: Options
+    examples: Sequence[bytes], folder: Path, options: Options
 ) -> dict[str, Callable[[], Iterator[Any]]]:
     import tensorflow as tf
 
     path = str(folder / "examples.tfrecord")
     with tf.io.TFRecordWriter(path) as writer:
         for example in examples:
-            writer.write(serialize(example._asdict()))
+            writer.write(example)
     size = options.image_size
 
     def prepare(serialized: Any, antialias: bool, dct_method: str) -> Any:
